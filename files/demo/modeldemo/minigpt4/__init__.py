@@ -1,0 +1,1 @@
+"""MiniGPT-4 on current transformers classes, read from its original checkpoint files."""

@@ -1,0 +1,262 @@
+"""Gives the one model to many callers: one answer at a time, a bounded queue, prompt cancelling."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Literal, TypeVar, cast
+
+from PIL import Image
+
+from modeldemo.engine import BadRequest, Engine, ModelDemoError, Sampling, Turn
+from modeldemo.metrics import Metrics
+
+log = logging.getLogger("modeldemo")
+T = TypeVar("T")
+
+
+class Unavailable(ModelDemoError):
+    """The service cannot take a question now; `retry_after` (seconds) says when it may."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Answer:
+    """The pieces of one answer as the model produces them; leaving it early stops the model.
+
+    Made and read on the event loop, filled by the model's thread.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[str | ModelDemoError | None] = asyncio.Queue()
+        self._left = threading.Event()
+        self._future: Future[None] | None = None
+        self._ahead: list[str | None] = []  # what wait_first took
+        self.asked = time.monotonic()
+
+    @property
+    def left(self) -> bool:
+        """Whether nobody reads on."""
+        return self._left.is_set()
+
+    def leave(self) -> None:
+        """Stop the model at its next piece, or take the question out of the queue."""
+        self._left.set()
+        if self._future and self._future.cancel():
+            self._pieces.put_nowait(None)
+
+    async def wait_first(self, timeout: float) -> None:
+        """Wait up to `timeout` seconds for the first piece; raises what the model raised."""
+        try:
+            self._ahead.append(await asyncio.wait_for(self._next(), timeout))
+        except asyncio.TimeoutError:
+            return
+
+    async def pieces(self, patience: float | None = None) -> AsyncGenerator[str, None]:
+        """Yield the pieces; an empty one after every `patience` seconds without any."""
+        try:
+            while True:
+                try:
+                    if self._ahead:
+                        piece = self._ahead.pop()
+                    else:
+                        piece = await asyncio.wait_for(self._next(), patience)
+                except asyncio.TimeoutError:
+                    yield ""
+                    continue
+                if piece is None:
+                    return
+                yield piece
+        except BaseException:  # closed or cancelled: the reader is gone
+            self.leave()
+            raise
+
+    async def _next(self) -> str | None:
+        piece = await self._pieces.get()
+        if isinstance(piece, ModelDemoError):
+            raise piece
+        return piece
+
+    def _put(self, piece: str | ModelDemoError | None) -> None:
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+
+class Runner:
+    """Owns the engine, the one thread that may touch it, and the queue in front of it."""
+
+    def __init__(
+        self, model_id: str, revision: str, metrics: Metrics, max_waiting: int = 8
+    ) -> None:
+        self.model_id = model_id
+        self.revision = revision
+        self.metrics = metrics
+        self.max_waiting = max_waiting
+        self.state: Literal["loading", "ok", "failed", "stopping"] = "loading"
+        self.error: str | None = None
+        self.engine: Engine | None = None
+        self._started = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, "model")
+        self._jobs: dict[Future[None], Answer] = {}
+        self._last_seconds = 1.0
+        metrics.watch_queue(lambda: self.waiting)
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the process began to serve."""
+        return time.monotonic() - self._started
+
+    @property
+    def waiting(self) -> int:
+        """Questions behind the one that is being answered."""
+        return max(0, len(self._jobs) - 1)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Run in the model's thread, so that one thread loads, sets up and uses the model."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    def open(self) -> None:
+        """Take questions."""
+        if self.state == "loading":
+            self.state = "ok"
+            self.metrics.ready.set(1)
+
+    def fail(self, error: ModelDemoError) -> None:
+        """Say from now on why there will be no answers."""
+        self.state, self.error = "failed", str(error)
+
+    def require_ready(self) -> Engine:
+        """Return the engine; raises Unavailable while loading, after a failure or when stopping."""
+        if self.state == "ok" and self.engine:
+            return self.engine
+        if self.state == "failed":
+            raise Unavailable(f"the model could not be loaded: {self.error}", 60)
+        if self.state == "stopping":
+            raise _stopping()
+        raise Unavailable("the model is loading; ask again in a moment", 5)
+
+    def require_room(self) -> None:
+        """Raise Unavailable when the queue is full."""
+        if len(self._jobs) > self.max_waiting:
+            raise Unavailable(
+                f"{self.waiting} questions are waiting already; ask again later",
+                max(1, math.ceil(self._last_seconds)),
+            )
+
+    def ask(self, image: Image.Image | None, turns: Sequence[Turn], sampling: Sampling) -> Answer:
+        """Queue a question. Raises Unavailable (not ready, queue full) or BadRequest."""
+        engine = self.require_ready()
+        if engine.needs_image and image is None:
+            raise BadRequest(
+                f"the model {self.model_id} answers about a picture; "
+                "add one as an image_url part of a user message"
+            )
+        if image is not None and not engine.needs_image:
+            raise BadRequest(f"the model {self.model_id} reads no pictures; leave image_url out")
+        self.require_room()
+        return self._submit(engine, image, turns, sampling)
+
+    async def prove(self) -> None:
+        """Answer one short question, as a proof that the model works; raises ModelDemoError."""
+        assert self.engine
+        picture = Image.new("RGB", (224, 224), "white") if self.engine.needs_image else None
+        question = [Turn("user", "Describe this image in detail.")]
+        answer = self._submit(
+            self.engine, picture, question, Sampling(temperature=0, max_new_tokens=8)
+        )
+        async for _ in answer.pieces():
+            pass
+
+    def close(self) -> None:
+        """Refuse new questions and drop the waiting ones; the running one goes on."""
+        self.state = "stopping"
+        self.metrics.ready.set(0)
+        for future, answer in list(self._jobs.items()):
+            if future.cancel():
+                answer._put(_stopping())
+        self._thread.shutdown(wait=False)
+
+    def abort(self) -> None:
+        """Stop the running answer too, and tell its reader."""
+        for answer in self._jobs.values():
+            answer._left.set()
+            answer._put(_stopping())
+
+    def _submit(
+        self,
+        engine: Engine,
+        image: Image.Image | None,
+        turns: Sequence[Turn],
+        sampling: Sampling,
+    ) -> Answer:
+        answer = Answer()
+        future = self._thread.submit(self._answer, engine, answer, image, turns, sampling)
+        answer._future = future
+        self._jobs[future] = answer
+        future.add_done_callback(lambda done: self._jobs.pop(done, None))
+        return answer
+
+    def _answer(
+        self,
+        engine: Engine,
+        answer: Answer,
+        image: Image.Image | None,
+        turns: Sequence[Turn],
+        sampling: Sampling,
+    ) -> None:
+        started = time.monotonic()
+        first = True
+        outcome = "complete"
+        try:
+            # Leaving the block closes the iterator, which stops the model.
+            stream = cast("Generator[str, None, None]", engine.stream(image, turns, sampling))
+            with closing(stream) as pieces:
+                for piece in pieces:
+                    if answer.left:
+                        outcome = "cancelled"
+                        break
+                    if not piece:
+                        continue
+                    if first:
+                        self.metrics.first_piece_seconds.observe(time.monotonic() - answer.asked)
+                        first = False
+                    self.metrics.pieces.inc()
+                    answer._put(piece)
+        except BadRequest as error:
+            outcome = "refused"
+            answer._put(error)
+        except Exception as error:
+            outcome = "failed"
+            answer._put(failure(error))
+        finally:
+            if outcome == "complete":
+                self._last_seconds = time.monotonic() - started
+                self.metrics.answer_seconds.observe(self._last_seconds)
+            self.metrics.answers.labels(outcome).inc()
+            answer._put(None)
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("the service is stopping; ask again when it is back", 10)
+
+
+def failure(error: Exception, what: str = "the model failed") -> ModelDemoError:
+    """One line for an error of the model, logged; the stack only at log level DEBUG."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, ModelDemoError):
+        text = f"{what}: {type(error).__name__}: {text[:300]}"
+    log.error("%s", text)
+    log.debug("where it failed", exc_info=error)
+    return ModelDemoError(text)

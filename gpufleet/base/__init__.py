@@ -1,0 +1,1 @@
+"""Concern: packages, account and folders every host needs."""

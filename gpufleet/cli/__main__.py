@@ -1,0 +1,5 @@
+"""Lets `python -m gpufleet.cli` be the fleet command."""
+
+from gpufleet.cli import main
+
+main()

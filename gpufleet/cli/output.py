@@ -1,0 +1,213 @@
+"""Shows a run: a live table on a terminal, a line each in a pipe, or one JSON document.
+
+The document of `fleet apply --json` (`version` 1):
+
+    {"version": 1, "command": "apply", "inventory": FILE, "exit_code": 0|1|2|130,
+     "seconds": S, "log": FILE, "errors": [LINE, …],
+     "hosts": [{"name": HOST, "state": "done"|"failed"|"unreachable"|"stopped", "changed": N,
+                "findings": [TEXT, …],
+                "concerns": [{"name": CONCERN, "state": "ok"|"failed"|"stopped", "seconds": S,
+                              "operations": N, "changed": [OPERATION, …]}, …]}, …]}
+
+`fleet plan --json` has "command": "plan", exit code 3 where apply has changes to make, and in
+each host "pending": [{"concern": CONCERN, "operation": OPERATION}, …] instead of "changed" and
+"concerns". Times are in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gpufleet.run.events import Concern, Host, Picture
+    from gpufleet.run.pyinfra import Result, Watch
+
+VERSION = 1
+
+
+def on_terminal() -> bool:
+    """Whether a person watches standard output."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def duration(seconds: float) -> str:
+    """As a person reads it: 4.2 s, 38 s, 12 min 5 s."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def outcome(concern: Concern) -> str:
+    """How a concern ended, in words."""
+    if concern.state == "ok" and concern.changed:
+        return f"changed {len(concern.changed)}"
+    return concern.state
+
+
+@contextmanager
+def watching(as_json: bool, verbose: bool) -> Iterator[Watch]:
+    """What shows a run while it goes on; --verbose shows pyinfra's own lines in its stead."""
+    if as_json or verbose:
+        yield lambda picture: None
+    elif on_terminal():
+        with _live() as watch:
+            yield watch
+    else:
+        yield _Lines()
+
+
+class _Lines:
+    """A line for each host and concern when it ends."""
+
+    def __init__(self) -> None:
+        self.shown: set[tuple[str, str]] = set()
+
+    def __call__(self, picture: Picture) -> None:
+        for host, concern in picture.ended():
+            if (host.name, concern.name) not in self.shown:
+                self.shown.add((host.name, concern.name))
+                seconds = duration(concern.seconds)
+                print(f"{host.name} {concern.name} {outcome(concern)} ({seconds})", flush=True)
+
+
+@contextmanager
+def _live() -> Iterator[Watch]:
+    from rich.live import Live
+
+    from gpufleet.run.events import Picture
+
+    latest = Picture()
+
+    def watch(picture: Picture) -> None:
+        nonlocal latest
+        latest = picture
+
+    with Live(get_renderable=lambda: table(latest), refresh_per_second=4):
+        yield watch
+
+
+def table(picture: Picture) -> Table:
+    """One row a host: what it does now, since when, what has changed so far."""
+    from rich.table import Table
+
+    rows = Table(box=None, pad_edge=False)
+    for heading in ("HOST", "CONCERN", "NOW", "SINCE", "CHANGED"):
+        rows.add_column(heading, no_wrap=True, overflow="ellipsis")
+    for host in picture.hosts.values():
+        changed = ", ".join(
+            f"{concern.name} {len(concern.changed)}"
+            for concern in host.concerns.values()
+            if concern.changed
+        )
+        goes_on = host.state in ("connecting", "preparing", "running")
+        if host.state == "running":
+            now = host.operation or "waits for the other hosts"
+        else:
+            now = host.state
+        since = duration(max(time.time() - host.since, 0)) if goes_on else ""
+        concern = host.concern if host.state != "done" else ""
+        rows.add_row(host.name, concern, now, since, changed, style="" if host.ok else "red")
+    return rows
+
+
+def finish(result: Result, as_json: bool) -> int:
+    """Print how the run went, errors to stderr; returns the exit code."""
+    if as_json:
+        print(json.dumps(document(result), ensure_ascii=False))
+        return result.exit_code
+    for error in result.errors:
+        print(error, file=sys.stderr)
+    for host in result.hosts:
+        for concern, operation in host.pending:
+            print(f"{host.name} {concern}: {operation}")
+    print(summary(result), flush=True)
+    return result.exit_code
+
+
+def summary(result: Result) -> str:
+    """The closing line of a run."""
+    hosts = f"{len(result.hosts)} host{'s' * (len(result.hosts) != 1)}"
+    log = f"log: {relative(result.log)}"
+    if result.interrupted:
+        again = f"./fleet {result.command} -i {result.inventory}"
+        return f"stopped; {again} continues from here; {log}"
+    if result.exit_code == 2:
+        return f"nothing was changed; {log}"
+    pending = sum(len(host.pending) for host in result.hosts)
+    count = pending if result.command == "plan" else result.changed
+    changes = f"{count or 'no'} change{'s' * (count != 1)}"
+    if result.command == "plan":
+        changes += " pending"
+    took = duration(result.seconds)
+    if result.errors:
+        failed = f"failed: {', '.join(result.failed)}" if result.failed else "failed"
+        return f"{hosts}, {failed}; {changes}, {took}; {log}"
+    return f"{hosts} ok, {changes}, {took}; {log}"
+
+
+def relative(path: Path) -> str:
+    """The path as a person in the current folder writes it, if it lies below."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def document(result: Result) -> dict[str, Any]:
+    """The JSON document that the module's docstring describes."""
+    return {
+        "version": VERSION,
+        "command": result.command,
+        "inventory": result.inventory,
+        "exit_code": result.exit_code,
+        "seconds": round(result.seconds, 3),
+        "log": str(result.log),
+        "errors": list(result.errors),
+        "hosts": [_host(host, result.command) for host in result.hosts],
+    }
+
+
+def _host(host: Host, command: str) -> dict[str, Any]:
+    common = {"name": host.name, "state": host.state, "findings": host.findings}
+    if command == "plan":
+        pending = [{"concern": concern, "operation": name} for concern, name in host.pending]
+        return {**common, "pending": pending}
+    concerns = [
+        {
+            "name": concern.name,
+            "state": concern.state,
+            "seconds": round(concern.seconds, 3),
+            "operations": concern.operations,
+            "changed": concern.changed,
+        }
+        for concern in host.concerns.values()
+    ]
+    return {**common, "changed": host.changed, "concerns": concerns}
+
+
+def print_rows(headings: list[str], rows: list[list[str]]) -> None:
+    """A table on a terminal; in a pipe, lines of columns that two spaces or more keep apart."""
+    if on_terminal():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*headings, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    for row in [headings, *rows]:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())

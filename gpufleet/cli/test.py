@@ -1,0 +1,189 @@
+"""fleet test: run every test that this machine can run, and say what was left out and why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gpufleet import ROOT
+
+DEMO_ENVIRONMENT = ROOT / ".venv-demo"
+
+#: pytest's exit status when no test was selected.
+NO_TESTS = 5
+
+
+class Part(str, Enum):
+    """What can be asked for."""
+
+    unit = "unit"
+    lab = "lab"
+    browser = "browser"
+
+
+#: Where each part's tests are; those of the demo run in its own environment.
+FOLDERS = {
+    Part.unit: ("tests/unit", "tests/operations"),
+    Part.lab: ("tests/lab",),
+    Part.browser: ("tests/browser",),
+}
+
+
+def run_tests(
+    parts: Annotated[
+        list[Part] | None, typer.Argument(metavar="[unit|lab|browser]...", help="Default: all.")
+    ] = None,
+    expression: Annotated[
+        str | None, typer.Option("-k", metavar="EXPR", help="Only tests that match, as pytest -k.")
+    ] = None,
+) -> None:
+    """Run every test that this machine can run.
+
+    Says what was left out and why. unit: ruff, mypy, the demo's own tests, unit and operation
+    tests. lab: real hosts; needs root on Debian or Ubuntu. browser: the page in Chromium. The
+    last line is pytest's.
+    """
+    wanted = parts or list(Part)
+    skipped = {part: why for part in wanted if (why := _missing(part))}
+    chosen = [part for part in wanted if part not in skipped]
+    results: list[_Result] = []
+    if Part.unit in chosen:
+        results += [_run(*check) for check in _checks()]
+        results += _demo_tests(expression)
+    for part, why in skipped.items():
+        print(f"skipped {part.value}: {why}", flush=True)
+    for result in results:
+        state = "ok" if result.ok else "FAILED"
+        print(f"{state:6} {result.name} ({result.seconds:.0f} s)", flush=True)
+    if not chosen:
+        raise typer.Exit(1)
+    folders = [folder for part in chosen for folder in FOLDERS[part]]
+    last = _run(" ".join(folders), _pytest(Path(sys.executable), folders, expression))
+    raise typer.Exit(0 if all(result.ok for result in [*results, last]) else 1)
+
+
+@dataclass(frozen=True)
+class _Result:
+    name: str
+    ok: bool
+    seconds: float
+
+
+def _run(name: str, command: Sequence[str]) -> _Result:
+    print(f"--- {name}", flush=True)
+    started = time.monotonic()
+    # The demo's package is not installed in either environment.
+    path = os.pathsep.join(filter(None, [str(ROOT / "files" / "demo"), os.getenv("PYTHONPATH")]))
+    code = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=False
+    ).returncode
+    allowed = (0, NO_TESTS) if "-k" in command else (0,)
+    return _Result(name, code in allowed, time.monotonic() - started)
+
+
+def _checks() -> list[tuple[str, list[str]]]:
+    python = [sys.executable, "-m"]
+    return [
+        ("ruff check", [*python, "ruff", "check", "."]),
+        ("ruff format", [*python, "ruff", "format", "--check", "."]),
+        ("mypy", [*python, "mypy", "--no-error-summary"]),
+    ]
+
+
+def _pytest(
+    python: Path, folders: Sequence[str], expression: str | None, cut: str = ""
+) -> list[str]:
+    command = [str(python), "-m", "pytest", *folders]
+    if cut:
+        # tests/conftest.py is for the operator's environment.
+        command.append(f"--confcutdir=tests/{cut}")
+    return [*command, "-k", expression] if expression else command
+
+
+def _missing(part: Part) -> str | None:
+    """Why this machine cannot run a part, after installing what it may install; None if it can."""
+    from gpufleet.errors import FleetError
+
+    if part is Part.unit:
+        return None
+    system = _system()
+    if os.geteuid() != 0 or not system & {"debian", "ubuntu"}:
+        return "it boots hosts, which needs root on Debian or Ubuntu"
+    browser = ("chromium", "chromedriver")
+    if part is Part.lab or all(map(shutil.which, browser)):
+        return None
+    if "debian" not in system or "ubuntu" in system:
+        return "no chromium and chromedriver on PATH"
+    from gpufleet.lab.machine import install
+
+    try:
+        install(["chromium", "chromium-driver"])
+    except FleetError as error:
+        return str(error)
+    return None
+
+
+def _system() -> set[str]:
+    """ID and ID_LIKE of os-release, empty where there is none."""
+    try:
+        lines = Path("/etc/os-release").read_text("utf-8").splitlines()
+    except OSError:
+        return set()
+    values = dict(line.split("=", 1) for line in lines if "=" in line)
+    return {word for key in ("ID", "ID_LIKE") for word in values.get(key, "").strip('"').split()}
+
+
+def _demo_tests(expression: str | None) -> list[_Result]:
+    """Run tests/demo in the demo's own environment; no result where there is no Python for it."""
+    from gpufleet.errors import FleetError
+    from gpufleet.python_env.plan import PYTHON
+
+    own = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    interpreter = sys.executable if own == PYTHON else shutil.which(PYTHON)
+    if interpreter is None:
+        print(f"skipped tests/demo: no {PYTHON}, which its environment is locked for", flush=True)
+        return []
+    try:
+        _make_demo_environment(interpreter)
+    except FleetError as error:
+        print(f"{DEMO_ENVIRONMENT.name}: {error}", flush=True)
+        return [_Result("tests/demo", ok=False, seconds=0)]
+    python = DEMO_ENVIRONMENT / "bin" / "python"
+    return [_run("tests/demo", _pytest(python, ["tests/demo"], expression, "demo"))]
+
+
+def _make_demo_environment(interpreter: str) -> None:
+    """Make .venv-demo what the demo's locks say. Raises FleetError, one line, if it cannot."""
+    from gpufleet.errors import FleetError
+    from gpufleet.python_env.plan import PYTHON, Lock, lock_for
+    from gpufleet.python_env.wheelhouse import build
+    from gpufleet.settings import PythonEnv
+
+    locks = [lock_for("cpu"), Lock(ROOT / "requirements" / "demo-test.lock", PYTHON)]
+    stamp = DEMO_ENVIRONMENT / ".installed-from"
+    made_from = " ".join(lock.digest for lock in locks)
+    if stamp.is_file() and stamp.read_text("utf-8") == made_from:
+        return
+    print(f"--- making {DEMO_ENVIRONMENT.name} (once; torch is large)", flush=True)
+    houses = [build(lock, PythonEnv().torch_index) for lock in locks]
+    finding = [option for house in houses for option in ("--find-links", str(house))]
+    python = str(DEMO_ENVIRONMENT / "bin" / "python")
+    files = [str(lock.path) for lock in locks]
+    uv = [sys.executable, "-m", "uv", "--quiet", "--no-config", "--no-python-downloads"]
+    venv = ["venv", "--clear", "--python", interpreter, str(DEMO_ENVIRONMENT)]
+    sync = ["pip", "sync", "--python", python, "--require-hashes", "--no-index", *finding, *files]
+    for command in (venv, sync):
+        done = subprocess.run([*uv, *command], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise FleetError(f"uv {command[0]} failed: {' '.join(done.stderr.split())[:300]}")
+    stamp.write_text(made_from, "utf-8")

@@ -1,0 +1,1 @@
+"""Concern: the two YAML files of the model."""

@@ -1,0 +1,51 @@
+"""Decides the two YAML files that a model is configured by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpufleet import render
+from gpufleet.catalog import Model
+from gpufleet.errors import FleetError
+from gpufleet.managed.plan import ManagedFile
+from gpufleet.settings import Settings
+
+
+def files(settings: Settings, model: Model) -> tuple[ManagedFile, ManagedFile]:
+    """minigpt4.yaml and minigpt4_eval.yaml for this host, rendered and parsed back.
+
+    Raises FleetError if a value did not survive the template.
+    """
+    weights = settings.root / "weights" / settings.model
+    parts = model.minigpt4
+    paths = {
+        "vit_path": str(weights / parts.vit_file),
+        "qformer_path": str(weights / parts.qformer_file),
+        "llama_path": str(weights / parts.llama_dir),
+        "projection_path": str(weights / parts.projection_file),
+    }
+    values: dict[str, Any] = {"title": model.title, "model": parts, **paths}
+    config, config_back = render.checked_yaml("minigpt4.yaml.j2", **values)
+    evaluation, evaluation_back = render.checked_yaml("minigpt4_eval.yaml.j2", **values)
+    read = {**config_back["model"], **evaluation_back["model"]}
+    wanted = {
+        "arch": "mini_gpt4",
+        "image_size": parts.image_size,
+        "num_query_token": parts.num_query_token,
+        "vit_precision": parts.vit_precision,
+        "low_resource": parts.low_resource,
+        "vit": parts.vit and dict(parts.vit),
+        "qformer": parts.qformer and dict(parts.qformer),
+        "vit_model_path": paths["vit_path"],
+        "q_former_model": paths["qformer_path"],
+        "llama_model": paths["llama_path"],
+        "ckpt": paths["projection_path"],
+    }
+    for key, value in wanted.items():
+        if read.get(key) != value:
+            raise FleetError(f"templates: {key} became {read.get(key)!r}, not {value!r}")
+    folder = settings.root / "config"
+    return (
+        ManagedFile(str(folder / "minigpt4.yaml"), config),
+        ManagedFile(str(folder / "minigpt4_eval.yaml"), evaluation),
+    )

@@ -1,0 +1,1 @@
+"""Concern: the demo as a systemd service."""

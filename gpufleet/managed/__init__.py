@@ -1,0 +1,1 @@
+"""Shared by concerns: files that are whole and owned by gpufleet."""

@@ -1,0 +1,1 @@
+"""Concern: package mirrors of apt, pip, uv and conda."""

@@ -1,0 +1,1 @@
+"""Concern: what a host must have before anything changes."""

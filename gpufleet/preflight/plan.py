@@ -1,0 +1,123 @@
+"""Decides whether a host can be deployed to: every finding, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gpufleet.catalog import Model
+from gpufleet.demo.plan import UNIT
+from gpufleet.settings import Settings
+
+#: Systems whose packages and paths the tasks know: (os-release ID, VERSION_ID).
+SUPPORTED = {("debian", "12"), ("debian", "13"), ("ubuntu", "22.04"), ("ubuntu", "24.04")}
+
+#: Left free on the disk after a deploy, MiB: logs, uploads and the next apply need room.
+SPARE_MIB = 256
+
+
+@dataclass(frozen=True)
+class HostPicture:
+    """What a host is and has. Sizes in KiB, as /proc/meminfo, df and du give them."""
+
+    os: str
+    os_version: str
+    os_codename: str
+    arch: str
+    uid: int
+    init: str
+    memory_kib: int
+    disk_free_kib: int
+    disk_used_kib: int
+    """Disk that an earlier deploy takes already."""
+    python: str | None
+    """The interpreter that the environment's lock is for, or None."""
+    gpus: tuple[str, ...]
+    """PCI device ids of NVIDIA display controllers."""
+    driver: str | None
+    """Version that nvidia-smi answers, empty if it does not answer, None without nvidia-smi."""
+    port_taken_by: str | None
+    port_is_ours: bool
+
+
+def parse(lines: Iterable[str]) -> HostPicture:
+    """Read the preflight script's lines: key, tab, value; `gpu` may repeat.
+
+    Raises KeyError or ValueError for output that is not the script's.
+    """
+    pairs = [line.split("\t", 1) for line in lines if "\t" in line]
+    value = dict(pairs)
+    return HostPicture(
+        os=value["os"],
+        os_version=value["os_version"],
+        os_codename=value["os_codename"],
+        arch=value["arch"],
+        uid=int(value["uid"]),
+        init=value["init"],
+        memory_kib=int(value["memory_kib"]),
+        disk_free_kib=int(value["disk_free_kib"]),
+        disk_used_kib=int(value["disk_used_kib"]),
+        python=value.get("python"),
+        gpus=tuple(text for key, text in pairs if key == "gpu"),
+        driver=value.get("driver"),
+        port_taken_by=value.get("port_taken"),
+        port_is_ours=UNIT in value.get("port_cgroup", ""),
+    )
+
+
+def findings(
+    settings: Settings, name: str, model: Model, picture: HostPicture, python: str
+) -> list[str]:
+    """All that keeps this host from serving this model; each says what and what to do.
+
+    `python` is the interpreter's name that the environment's lock is for, such as python3.11.
+    """
+    found: list[str] = []
+    if picture.uid != 0:
+        found.append("not root: connect as root, or set _sudo = True in the inventory")
+    if (picture.os, picture.os_version) not in SUPPORTED:
+        known = ", ".join(f"{os} {version}" for os, version in sorted(SUPPORTED))
+        found.append(f"{picture.os} {picture.os_version} is not supported: use one of {known}")
+    if picture.arch != "x86_64":
+        found.append(f"architecture {picture.arch} is not supported: use x86_64")
+    if picture.init != "systemd":
+        found.append(f"init is {picture.init}, not systemd: the demo runs as a systemd service")
+    if picture.python is None:
+        found.append(f"no {python}: the environment is locked for it; install it or use debian 12")
+    needed = model.needs
+    if picture.memory_kib < needed.memory_mib * 1024:
+        found.append(
+            f"{picture.memory_kib // 1024} MiB of memory, model {name} needs {needed.memory_mib}: "
+            "use a larger host or a smaller model"
+        )
+    to_come_mib = needed.disk_mib - picture.disk_used_kib // 1024
+    room_mib = SPARE_MIB + max(to_come_mib, 0)
+    if picture.disk_free_kib < room_mib * 1024:
+        found.append(
+            f"disk full: {picture.disk_free_kib // 1024} MiB free for {settings.root}, this deploy "
+            f"needs {room_mib}: free some space or set root to a folder on a larger disk"
+        )
+    # Only root is told who has a port: to anybody else our own service is unknown too.
+    hidden = picture.uid != 0 and picture.port_taken_by == "unknown"
+    if picture.port_taken_by and not picture.port_is_ours and not hidden:
+        found.append(
+            f"port {settings.demo.port} is in use by {picture.port_taken_by}: "
+            "stop it or set demo.port"
+        )
+    found.extend(_accelerator(settings, name, model, picture))
+    return found
+
+
+def _accelerator(
+    settings: Settings, name: str, model: Model, picture: HostPicture
+) -> Iterable[str]:
+    if settings.accelerator not in model.accelerators:
+        yield (
+            f"model {name} does not run on accelerator {settings.accelerator}: "
+            f"set accelerator to {' or '.join(model.accelerators)}"
+        )
+    if settings.accelerator == "cuda":
+        if not picture.gpus:
+            yield "no NVIDIA GPU on the PCI bus: set accelerator to cpu, or check the host"
+        elif not picture.driver:
+            yield "the NVIDIA driver does not answer: install it and reboot, nvidia-smi must work"

@@ -1,0 +1,1 @@
+"""Concern: the environment that the demo runs in."""

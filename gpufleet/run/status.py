@@ -1,0 +1,110 @@
+"""Asks every host of an inventory how its demo is, in one connection and one command each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpufleet.demo.plan import Service
+from gpufleet.run import advice, inventory
+
+
+@dataclass(frozen=True)
+class HostStatus:
+    """What is known of one host. `service` is None if it could not be asked; `error` says why."""
+
+    name: str
+    service: Service | None
+    error: str | None = None
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """What /healthz said on the host, empty if nothing or no JSON."""
+        try:
+            answer = json.loads(self.service.health) if self.service else {}
+        except ValueError:
+            return {}
+        return answer if isinstance(answer, dict) else {}
+
+    @property
+    def model(self) -> str | None:
+        return self.answer.get("model")
+
+    @property
+    def health(self) -> str:
+        """ok, loading, failed … as the demo says, or that it says nothing."""
+        if self.service is None:
+            return "unreachable"
+        return str(self.answer.get("status") or "no answer")
+
+    @property
+    def problem(self) -> str | None:
+        """Why the demo is not well: not running, not started at boot, not what is on disk, or
+        not well by its own answer."""
+        if self.service is None:
+            return "unreachable"
+        if self.service.active != "active":
+            return f"unit is {self.service.active}"
+        if self.health != "ok":
+            return str(self.answer.get("error") or self.health)
+        if self.service.revision_running != self.service.revision_on_disk:
+            return "runs an older revision"
+        return None if self.service.enabled else "not started at boot"
+
+    @property
+    def healthy(self) -> bool:
+        return self.problem is None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, for JSON."""
+        service = asdict(self.service) if self.service else {}
+        keys = ("active", "enabled", "revision_running", "revision_on_disk", "since")
+        return {
+            "name": self.name,
+            "healthy": self.healthy,
+            "error": self.error or self.problem,
+            "health": self.health,
+            "model": self.model,
+            **{key: service.get(key) for key in (*keys, "memory_bytes")},
+        }
+
+
+def ask(path: Path, limit: Sequence[str] = ()) -> list[HostStatus]:
+    """The status of every host, in the inventory's order.
+
+    Raises UsageError for an inventory or limit that is invalid.
+    """
+    state = inventory.load(path, inventory.split(limit))
+    from pyinfra.api.exceptions import PyinfraError
+    from pyinfra.api.facts import get_fact
+    from pyinfra.context import ctx_host
+
+    from gpufleet.demo.facts import DemoService
+
+    def one(host: Any) -> HostStatus:
+        goal, problems = inventory.check_host(host)
+        if problems:
+            return HostStatus(host.name, None, "; ".join(problems))
+        try:
+            host.connect(show_errors=False, raise_exceptions=True)
+        except PyinfraError as error:
+            reason = advice.connection(str(error), goal)
+            return HostStatus(host.name, None, f"{host.name}: cannot connect as {goal}: {reason}")
+        try:
+            with ctx_host.use(host):
+                service = get_fact(
+                    state,
+                    host,
+                    DemoService,
+                    kwargs={"address": f"http://{goal.demo_on_host}"},
+                    apply_failed_hosts=False,
+                )
+        finally:
+            host.disconnect()
+        return HostStatus(host.name, service)
+
+    jobs = [state.pool.spawn(one, host) for host in inventory.hosts(state)]
+    return [job.get() for job in jobs]

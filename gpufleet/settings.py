@@ -1,0 +1,168 @@
+"""Every setting of a host, typed and validated once; everything else takes them as values."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyAddress,
+    TypeAdapter,
+    ValidationError,
+)
+
+from gpufleet.errors import UsageError
+
+#: Inventory data that is pyinfra's own and shares the namespace: connector keys and global
+#: arguments (pyinfra 3.10, connectors/*.py and api/arguments.py).
+PYINFRA_KEYS = re.compile(
+    r"_.*|(ssh|fake|docker|podman|dockerssh|local|chroot|vagrant|terraform)_.*"
+)
+
+
+def _absolute(path: PurePosixPath) -> PurePosixPath:
+    if not path.is_absolute() or path == PurePosixPath("/") or ".." in path.parts:
+        raise ValueError("must be an absolute path below /, such as /opt/minigpt4")
+    if not re.fullmatch(r"[A-Za-z0-9/._+-]+", str(path)):
+        raise ValueError("may hold letters, digits and / . _ + - only")
+    return path
+
+
+def _unprivileged(user: str) -> str:
+    if user == "root":
+        raise ValueError("must be an account of its own: the deploy takes its login shell away")
+    return user
+
+
+HostPath = Annotated[PurePosixPath, AfterValidator(_absolute)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Base(_Model):
+    packages: tuple[str, ...] = ()
+    """Distribution packages to install besides those that gpufleet needs."""
+
+
+class Mirrors(_Model):
+    site: str = "official"
+    """A site of catalog/mirrors.yaml (nju, tuna, aliyun, …) that apt, pip, uv and conda use on the
+    host; `official` writes nothing."""
+
+    apt_security: bool = False
+    """Also take security updates from the mirror. Off: they stay where the distribution put them,
+    because a mirror may lag by a day."""
+
+
+class PythonEnv(_Model):
+    manager: Literal["uv"] = "uv"
+    """What makes the demo's environment."""
+
+    source: Literal["index", "wheelhouse"] = "wheelhouse"
+    """`wheelhouse`: the operator's own pip downloads the wheels of the lock, once, and rsync brings
+    them: for hosts with no way out. `index`: each host downloads for itself."""
+
+    torch_index: str = "https://download.pytorch.org/whl/cpu"
+    """Where the build of torch without CUDA comes from when the index that pip is configured with
+    does not have it: PyTorch's wheel site or a mirror of it."""
+
+
+class Weights(_Model):
+    source: str | None = None
+    """Folder on the operator's machine that holds the model's files. Unset: the catalogue's own
+    folder in the checkout (only pico has one)."""
+
+    bandwidth_kib: Annotated[int, Field(ge=0)] = 0
+    """Upload limit a host in KiB/s; 0 is none."""
+
+
+class Demo(_Model):
+    bind: IPvAnyAddress = TypeAdapter(IPvAnyAddress).validate_python("127.0.0.1")
+    """Address the demo listens on. 127.0.0.1: reach it through `fleet tunnel`; the demo has no
+    passwords, so open it to a network only behind something that has."""
+
+    port: Annotated[int, Field(ge=1024, le=65535)] = 7860
+    """Port the demo listens on."""
+
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """CPU threads of torch; 0 lets torch choose."""
+
+    queue: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Questions that may wait while one is answered; more are refused with 503."""
+
+    memory_max: Annotated[str, Field(pattern=r"^([1-9][0-9]*[KMGT]?|infinity)$")] = "infinity"
+    """systemd's MemoryMax for the service, such as 24G."""
+
+    start_timeout: Annotated[int, Field(ge=10, le=7200)] = 900
+    """Seconds that loading the model may take."""
+
+
+class Health(_Model):
+    timeout: Annotated[int, Field(ge=1, le=3600)] = 120
+    """Seconds that the demo has to answer the catalogue's question."""
+
+
+class Settings(_Model):
+    """What one host shall be. Immutable; made by `parse` from pyinfra's inventory data."""
+
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    """What the model runs on. `cpu` leaves kernel and driver alone; `cuda` is refused until
+    this version brings a locked CUDA environment (files/demo/cuda.lock)."""
+
+    model: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "pico"
+    """The system to serve: a file of catalog/models/, without .yaml."""
+
+    root: HostPath = PurePosixPath("/opt/minigpt4")
+    """Folder on the host that holds environments, weights, configuration and application."""
+
+    user: Annotated[
+        str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,30}$"), AfterValidator(_unprivileged)
+    ] = "minigpt4"
+    """The account that the demo runs as; made if missing, without a password or a shell."""
+
+    base: Base = Base()
+    mirrors: Mirrors = Mirrors()
+    python_env: PythonEnv = PythonEnv()
+    weights: Weights = Weights()
+    demo: Demo = Demo()
+    health: Health = Health()
+
+
+def parse(data: Mapping[str, Any], host: str) -> Settings:
+    """Turn a host's inventory data into settings.
+
+    Keys of pyinfra's own (`ssh_…`, `_sudo`, …) are passed over.
+
+    Raises UsageError, one line naming the host and every wrong field.
+    """
+    own = {key: value for key, value in data.items() if not PYINFRA_KEYS.fullmatch(key)}
+    try:
+        return Settings.model_validate(own)
+    except ValidationError as error:
+        problems = "; ".join(_problem(e) for e in error.errors())
+        raise UsageError(f"{host}: {problems}; see inventory/group_data/all.py") from None
+
+
+def _problem(error: Any) -> str:
+    """One pydantic error in words: where, what is wrong, what it was given."""
+    where = ".".join(map(str, error["loc"]))
+    given = json.dumps(error["input"], default=str)[:60]
+    if error["type"] != "extra_forbidden":
+        return f"setting {where}: {error['msg'].removeprefix('Value error, ')}, not {given}"
+    *parents, wrong = error["loc"]
+    model: Any = Settings
+    for parent in parents:
+        model = model.model_fields[parent].annotation
+    near = difflib.get_close_matches(str(wrong), model.model_fields, n=1)
+    hint = f", did you mean {'.'.join([*map(str, parents), near[0]])}?" if near else ""
+    return f"unknown setting {where}{hint}"

@@ -1,0 +1,1 @@
+"""Concern: the model's files, verified on both sides."""

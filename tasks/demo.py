@@ -1,0 +1,43 @@
+"""Runs the demo as a systemd service, and restarts it when anything it depends on changed."""
+
+from __future__ import annotations
+
+from pyinfra import host
+from pyinfra.api import DeployError, deploy
+
+from gpufleet import ROOT
+from gpufleet.config.plan import files
+from gpufleet.demo import operations
+from gpufleet.demo.plan import digest, pack, unit
+from gpufleet.errors import FleetError
+from gpufleet.managed import operations as managed
+from gpufleet.python_env import operations as environments
+from gpufleet.python_env.plan import lock_for
+from gpufleet.weights.plan import manifest_digest
+from tasks import current
+
+
+@deploy("demo")
+def demo() -> None:
+    """Put the application on the host, write its unit, run it, remove what it replaced."""
+    settings, model = current()
+    root = str(settings.root)
+    app = pack(ROOT / "files" / "demo" / "modeldemo")
+    try:
+        environment = lock_for(settings.accelerator).digest
+        file, revision = unit(
+            settings,
+            model,
+            environment=environment,
+            application=app.digest,
+            manifest=manifest_digest(model.files),
+            config=digest(*(file.content for file in files(settings, model))),
+        )
+    except FleetError as error:
+        raise DeployError(f"{host.name}: {error}") from None
+    operations.application(name=f"Install the application {app.digest}", root=root, app=app)
+    managed.files(name="Write the service's unit", wanted=[file])
+    operations.running(name="Run the service", root=root, revision=revision)
+    # Only now: until the restart, the service ran on them.
+    operations.prune(name="Remove older applications", root=root, keep=app.digest)
+    environments.prune(name="Remove older environments", root=root, keep=environment)

@@ -1,0 +1,97 @@
+"""Stops before anything changes if any host of the fleet cannot take the deploy."""
+
+from __future__ import annotations
+
+import weakref
+
+import gevent
+from gevent.event import AsyncResult
+from pyinfra import host, state
+from pyinfra.api import DeployError, deploy
+from pyinfra.api.host import Host
+from pyinfra.context import ctx_host
+
+from gpufleet import catalog
+from gpufleet.errors import FleetError
+from gpufleet.preflight.facts import Preflight
+from gpufleet.preflight.local import missing_programs
+from gpufleet.preflight.plan import findings
+from gpufleet.python_env.plan import lock_for
+from gpufleet.run.events import emit
+from gpufleet.settings import parse
+from gpufleet.weights.local import check_source
+
+# One report a run: pyinfra loads the deploy once a host, and the first host that comes here asks
+# all of them, so that the report is whole before the first host may go on.
+_reports: weakref.WeakKeyDictionary[object, AsyncResult[list[str]]] = weakref.WeakKeyDictionary()
+
+
+def _check(one: Host) -> list[str]:
+    """Everything that speaks against this host; what this machine lacks comes first."""
+    found = missing_programs()
+
+    def noted(error: FleetError) -> None:
+        found.append(str(error).removeprefix(f"{one.name}: "))
+
+    try:
+        settings = parse(one.data.dict(), one.name)
+        model = catalog.model(settings.model)
+        lock = lock_for(settings.accelerator)
+    except FleetError as error:
+        noted(error)
+        return found
+    try:
+        if settings.mirrors.site != "official":
+            catalog.site(settings.mirrors.site)
+    except FleetError as error:
+        noted(error)
+    try:
+        found += check_source(settings, model)
+    except FleetError as error:
+        noted(error)
+    if not one.connected:  # its settings are checked all the same; the connection is reported
+        return found
+    try:
+        with ctx_host.use(one):
+            picture = one.get_fact(
+                Preflight,
+                root=str(settings.root),
+                port=settings.demo.port,
+                python=lock.python,
+            )
+    except EOFError:  # pyinfra asks for sudo's password, and nobody is there to give it
+        message = "sudo asks for a password: connect as root or allow sudo without a password"
+        return [*found, message]
+    if picture is None:
+        message = "the preflight script did not run: log in as root, or use sudo without a password"
+        return [*found, message]
+    return found + findings(settings, settings.model, model, picture, lock.python)
+
+
+def _report() -> list[str]:
+    hosts = [one for one in state.inventory if state.is_host_in_limit(one)]
+    jobs = [gevent.spawn(_check, one) for one in hosts]
+    gevent.joinall(jobs)
+    lines = []
+    for one, job in zip(hosts, jobs, strict=True):
+        for message in job.get():
+            emit("finding", host=one.name, concern="preflight", message=message)
+            lines.append(f"{one.name}: {message}")
+    return lines
+
+
+@deploy("preflight")
+def preflight() -> None:
+    """Report all findings of all hosts, then stop if there are any."""
+    key = state.inventory
+    if key not in _reports:
+        _reports[key] = AsyncResult()
+        try:
+            _reports[key].set(_report())
+        except Exception as error:
+            _reports[key].set_exception(error)
+            raise
+    lines = _reports[key].get()
+    if lines:
+        raise DeployError("preflight, nothing was changed:\n  " + "\n  ".join(lines))
+    host.noop("this host can take the deploy")

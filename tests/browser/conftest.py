@@ -1,0 +1,36 @@
+"""The browser tests look at the lab that the lab tests deploy, or at one of their own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lab"))
+
+import fleets
+from fleets import Fleet
+
+from gpufleet.errors import FleetError
+from gpufleet.lab import machine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test of this folder drives a browser on a lab host's page."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.parent == here:
+            item.add_marker("browser")
+
+
+@pytest.fixture(scope="session")
+def deployed(pytestconfig: pytest.Config) -> Fleet:
+    """A lab whose first host serves the demo."""
+    try:
+        machine.require_root()
+    except FleetError as error:
+        pytest.skip(str(error))
+    fleet = fleets.shared(pytestconfig, hosts=1)
+    fleets.ok(fleet.apply("--limit", fleet.hosts[0].name))
+    return fleet

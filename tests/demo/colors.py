@@ -1,0 +1,198 @@
+"""A real engine without weights, which names a picture's dominant color, and its service."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import base64
+import functools
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image
+
+DEMO = Path(__file__).resolve().parents[2] / "files" / "demo"
+COLORS = {"red": (214, 38, 44), "green": (44, 160, 62), "blue": (42, 84, 216), "white": (255,) * 3}
+
+
+class ColorEngine:
+    """Answers word by word; "slowly" in the question makes each word take a tenth of a second.
+
+    "one after the other" lists every color up to max_new_tokens words, "fail" raises.
+    """
+
+    model_id = "colors"
+    needs_image = True
+
+    def stream(
+        self, image: Image.Image | None, turns: Sequence[Any], sampling: Any
+    ) -> Iterator[str]:
+        assert image is not None
+        question = turns[-1].text
+        if "fail" in question:
+            raise RuntimeError("the color\nsensor broke")
+        words = f"It is mostly {dominant(image)} after {len(turns)} turns.".split()
+        if "one after the other" in question:
+            words = [sorted(COLORS)[i % len(COLORS)] for i in range(sampling.max_new_tokens)]
+        for i, word in enumerate(words):
+            if "slowly" in question:
+                time.sleep(0.1)
+            yield word if i == 0 else f" {word}"
+
+
+def dominant(image: Image.Image) -> str:
+    red, green, blue = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+
+    def distance(name: str) -> int:
+        r, g, b = COLORS[name]
+        return (red - r) ** 2 + (green - g) ** 2 + (blue - b) ** 2
+
+    return min(COLORS, key=distance)
+
+
+def picture(color: str = "red", kind: str = "PNG", size: tuple[int, int] = (64, 48)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, COLORS[color]).save(file, kind)
+    return file.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def user(text: str, *pictures: bytes) -> dict[str, Any]:
+    """A user message of OpenAI's chat format."""
+    parts = [{"type": "image_url", "image_url": {"url": data_url(p)}} for p in pictures]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+class Service:
+    """`python -m modeldemo`'s own start, stop and server around ColorEngine, in a process.
+
+    The process ends with pytest at the latest.
+    """
+
+    def __init__(self, *options: str, wait: bool = True, **environment: str) -> None:
+        number, name = tempfile.mkstemp(suffix=".log")
+        self._log = Path(name)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *options],
+            stderr=number,
+            stdout=number,
+            env=_environment() | environment,
+        )
+        os.close(number)
+        atexit.register(self._end)
+        if wait:
+            self.wait_until(lambda: self._answers() == 200)
+
+    @property
+    def stderr(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def url(self) -> str:
+        found = re.search(r"listening on (http://\S+:\d+)", self.stderr)
+        assert found, self.stderr
+        return found[1]
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, trust_env=False, timeout=30, **options)
+
+    def ask(self, *messages: dict[str, Any], **options: Any) -> httpx.Response:
+        body = {"model": "colors", "messages": list(messages), **options}
+        with self.client() as client:
+            return client.post("/v1/chat/completions", json=body)
+
+    def metric(self, name: str) -> float:
+        """The sample of that name (labels included), 0 when it was never counted."""
+        with self.client() as client:
+            lines = client.get("/metrics").text.splitlines()
+        return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0)
+
+    def wait_until(self, true: Any, seconds: float = 40) -> None:
+        end = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < end, f"not within {seconds} s; {self.stderr}"
+            assert self.process.poll() is None, f"it exited: {self.stderr}"
+            time.sleep(0.05)
+
+    def exit_status(self, seconds: float = 20) -> int:
+        return self.process.wait(seconds)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.exit_status()
+
+    def _end(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+        self._log.unlink()
+
+    def _answers(self) -> int:
+        if "listening on" not in self.stderr:
+            return 0
+        with self.client() as client:
+            return client.get("/healthz").status_code
+
+
+@functools.cache
+def _environment() -> dict[str, str]:
+    """What every service runs in; compiled modules are kept, because gradio has two thousand."""
+    compiled = tempfile.mkdtemp(prefix="modeldemo-compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**inherited, "PYTHONPATH": str(DEMO), "PYTHONPYCACHEPREFIX": compiled}
+
+
+@functools.cache
+def shared() -> Service:
+    """One service for all tests that leave it as they found it."""
+    return Service()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--max-waiting", type=int, default=8)
+    parser.add_argument("--load-seconds", type=float, default=0)
+    parser.add_argument("--load-error")
+    parser.add_argument("--examples", type=Path, nargs="*", default=[])
+    args = parser.parse_args()
+
+    from modeldemo import serve
+    from modeldemo.engine import ModelDemoError
+
+    def load() -> ColorEngine:
+        time.sleep(args.load_seconds)
+        if args.load_error == "known":
+            raise ModelDemoError("/weights/x.pth: no such file; bring it with fleet weights push")
+        if args.load_error:
+            raise RuntimeError("CUDA driver\nis too old")
+        return ColorEngine()
+
+    serve.run(
+        load,
+        model_id="colors",
+        revision=os.environ.get("MODELDEMO_REVISION", ""),
+        host=args.host,
+        port=args.port,
+        max_waiting=args.max_waiting,
+        examples=args.examples,
+    )
+
+
+if __name__ == "__main__":
+    main()

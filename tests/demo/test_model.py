@@ -1,0 +1,256 @@
+"""The loaded model computes what the original code computed from the same files."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from modeldemo import config, systems
+from modeldemo.engine import BadRequest, Sampling, Turn
+from modeldemo.minigpt4.preprocess import MEAN, STD, preprocess
+from modeldemo.pico import pictures
+from PIL import Image
+from torch.nn.functional import gelu, layer_norm, linear
+
+QUESTION = [Turn("user", "What color is the circle?")]
+GREEDY = Sampling(temperature=0, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tiny.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def engine(made):
+    return systems.load(config.load(*made.yamls, []), "cpu", "tiny")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return pictures.draw(pictures.held_out_examples(5, 1)[0].scene)
+
+
+def original_vit(file, pixels, heads, patch):
+    """EVA's forward, straight from the file: no class of transformers takes part."""
+    w = {k: v.float() for k, v in torch.load(file, weights_only=True).items()}
+    x = torch.nn.functional.conv2d(
+        pixels, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=patch
+    )
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat((w["cls_token"].expand(len(x), -1, -1), x), 1) + w["pos_embed"]
+    b, n, width = x.shape
+    depth = 1 + max(int(k.split(".")[1]) for k in w if k.startswith("blocks."))
+    for i in range(depth):
+        p = {k.removeprefix(f"blocks.{i}."): v for k, v in w.items()}
+        y = layer_norm(x, (width,), p["norm1.weight"], p["norm1.bias"], 1e-6)
+        q_bias, v_bias = p["attn.q_bias"], p["attn.v_bias"]
+        bias = torch.cat((q_bias, torch.zeros_like(v_bias), v_bias))
+        qkv = linear(y, p["attn.qkv.weight"], bias)
+        q, k, v = qkv.reshape(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        scores = (q * (width // heads) ** -0.5) @ k.transpose(-2, -1)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, width)
+        x = x + linear(y, p["attn.proj.weight"], p["attn.proj.bias"])
+        y = layer_norm(x, (width,), p["norm2.weight"], p["norm2.bias"], 1e-6)
+        y = gelu(linear(y, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
+        x = x + linear(y, p["mlp.fc2.weight"], p["mlp.fc2.bias"])
+    return x
+
+
+def original_qformer(file, x, heads, layers):
+    """ln_vision and the BERT with cross-attention in every second layer, from the file."""
+    w = torch.load(file, weights_only=True)["model"]
+    x = layer_norm(x, x.shape[-1:], w["ln_vision.weight"], w["ln_vision.bias"], 1e-5)
+    bert = {k.removeprefix("Qformer.bert."): v for k, v in w.items()}
+
+    def dense(name, value):
+        return linear(value, bert[f"{name}.weight"], bert[f"{name}.bias"])
+
+    def norm(name, value):
+        return layer_norm(
+            value, value.shape[-1:], bert[f"{name}.weight"], bert[f"{name}.bias"], 1e-12
+        )
+
+    def attend(name, value, other):
+        def split(z):
+            return z.reshape(*z.shape[:2], heads, -1).transpose(1, 2)
+
+        q = split(dense(f"{name}.self.query", value))
+        k, v = (split(dense(f"{name}.self.{part}", other)) for part in ("key", "value"))
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        read = (scores.softmax(-1) @ v).transpose(1, 2).reshape(value.shape)
+        return norm(f"{name}.output.LayerNorm", dense(f"{name}.output.dense", read) + value)
+
+    h = norm("embeddings.LayerNorm", w["query_tokens"].expand(len(x), -1, -1))
+    for i in range(layers):
+        layer = f"encoder.layer.{i}"
+        h = attend(f"{layer}.attention", h, h)
+        if i % 2 == 0:
+            h = attend(f"{layer}.crossattention", h, x)
+        fed = gelu(dense(f"{layer}.intermediate_query.dense", h))
+        out = dense(f"{layer}.output_query.dense", fed)
+        h = norm(f"{layer}.output_query.LayerNorm", out + h)
+    return h
+
+
+def test_the_picture_half_computes_what_the_original_code_does(made, engine):
+    pixels = torch.randn(3, 3, 32, 32)
+    folder = made.folder
+    seen = original_vit(folder / "eva_vit_pico.pth", pixels, heads=4, patch=8)
+    read = original_qformer(folder / "blip2_pico_qformer.pth", seen, heads=4, layers=3)
+    w = torch.load(folder / "pretrained_minigpt4_pico.pth", weights_only=True)["model"]
+    expected = linear(read, w["llama_proj.weight"], w["llama_proj.bias"])
+    with torch.inference_mode():
+        loaded = engine._model.encode_image(pixels)
+    assert (loaded - expected).abs().max() <= 1e-5
+    # and it is no coincidence of small numbers
+    assert expected.abs().max() > 0.1
+
+
+def test_the_language_half_is_the_file_bit_for_bit(made, engine):
+    for file in (made.folder / "vicuna-pico").glob("*.bin"):
+        for name, value in torch.load(file, weights_only=True).items():
+            assert torch.equal(engine._model.llama.state_dict()[name], value.float()), name
+
+
+def test_the_language_half_computes_what_it_did_before_it_was_written(made, engine):
+    ids = torch.arange(20)[None] + 5
+    loaded = engine._model.llama.state_dict()
+    with torch.inference_mode():
+        expected = torch.func.functional_call(made.model.llama, loaded, ids).logits
+        assert torch.equal(engine._model.llama(ids).logits, expected)
+
+
+def test_later_blocks_norm_and_head_of_the_vit_are_ignored(made, engine, tmp_path):
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "eva_vit_pico.pth"
+    tensors = torch.load(file, weights_only=True)
+    tensors |= {"blocks.2.norm1.weight": torch.ones(32), "norm.weight": torch.ones(32)}
+    tensors |= {"head.weight": torch.ones(10, 32), "head.bias": torch.ones(10)}
+    torch.save(tensors, file)
+    again = systems.load(config.load(*tiny.write_yamls(tmp_path), []), "cpu", "tiny")
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        same = torch.equal(again._model.encode_image(pixels), engine._model.encode_image(pixels))
+    assert same
+
+
+def test_a_decapoda_style_directory_gives_the_same_answer(made, engine, picture, tmp_path):
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    vicuna = tmp_path / "vicuna-pico"
+    for name in ("special_tokens_map.json", "generation_config.json"):
+        (vicuna / name).unlink()
+    (vicuna / "tokenizer_config.json").write_text(
+        '{"bos_token": "", "eos_token": "", "tokenizer_class": "LLaMATokenizer", "unk_token": ""}'
+    )
+    raw = json.loads((vicuna / "config.json").read_text())
+    raw |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+    raw["max_sequence_length"] = raw.pop("max_position_embeddings")
+    raw["architectures"] = ["LLaMAForCausalLM"]
+    (vicuna / "config.json").write_text(json.dumps(raw))
+    again = systems.load(config.load(*tiny.write_yamls(tmp_path), []), "cpu", "tiny")
+    expected = "".join(engine.stream(picture, QUESTION, GREEDY))
+    assert "".join(again.stream(picture, QUESTION, GREEDY)) == expected
+
+
+def test_one_bos_starts_the_context_and_the_picture_stands_inside(made, engine, picture):
+    tokenizer = engine._tokenizer
+    text = "a<ImageHere>b"
+    context = engine._context(picture, text, 10)
+    a, b = tokenizer.encode("a"), tokenizer.encode("b")
+    embed = engine._model.embed
+    assert context.shape[1] == 1 + len(a) + 5 + len(b)
+    assert torch.equal(context[:, : 1 + len(a)], embed(torch.tensor([[1, *a]])))
+    assert torch.equal(context[:, -len(b) :], embed(torch.tensor([b])))
+
+
+def test_a_long_conversation_loses_its_beginning_and_is_answered(engine, picture):
+    long = [Turn("user", "words " * 3000)]
+    context = engine._context(picture, f"<ImageHere>{long[0].text}", 12)
+    assert context.shape[1] == 512 - 12
+    assert list(engine.stream(picture, long, GREEDY)) is not None
+
+
+def test_greedy_is_repeatable_and_a_seed_makes_sampling_so(engine, picture):
+    def answer(**how):
+        sampling = Sampling(max_new_tokens=20, **how)
+        return "".join(engine.stream(picture, QUESTION, sampling))
+
+    assert answer(temperature=0) == answer(temperature=0)
+    assert answer(temperature=1.0, seed=3) == answer(temperature=1.0, seed=3)
+    assert len({answer(temperature=2.0, seed=seed) for seed in range(4)}) > 1
+
+
+def test_beams_answer_in_one_piece(engine, picture):
+    sampling = Sampling(temperature=0, num_beams=3, max_new_tokens=8)
+    assert len([p for p in engine.stream(picture, QUESTION, sampling) if p]) <= 1
+
+
+def test_generation_stops_at_the_separator(engine, picture):
+    # The most likely next token becomes the separator, whatever was asked.
+    separator = engine._tokenizer.separators[0]
+    head = engine._model.llama.lm_head.weight
+    kept = head.clone()
+    try:
+        with torch.inference_mode():
+            head.zero_()
+        hidden = []
+        hook = engine._model.llama.model.norm.register_forward_hook(
+            lambda _, __, out: hidden.append(out)
+        )
+        list(engine.stream(picture, QUESTION, Sampling(temperature=0, max_new_tokens=1)))
+        with torch.inference_mode():
+            head[separator[0]] = hidden[-1][0, -1]
+        hidden.clear()
+        assert "".join(engine.stream(picture, QUESTION, GREEDY)) == ""
+        assert len(hidden) == 1
+    finally:
+        hook.remove()
+        with torch.inference_mode():
+            head.copy_(kept)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_closing_early_stops_the_generation(engine, picture, beams):
+    steps = []
+    hook = engine._model.llama.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    try:
+        pieces = engine.stream(
+            picture, QUESTION, Sampling(temperature=0, num_beams=beams, max_new_tokens=400)
+        )
+        next(pieces)
+        pieces.close()
+        at_close = len(steps)
+        assert at_close < 100
+        assert "".join(engine.stream(picture, QUESTION, GREEDY)) is not None
+        assert len(steps) - at_close <= 12
+    finally:
+        hook.remove()
+
+
+def test_a_question_without_a_picture_is_refused(engine):
+    with pytest.raises(BadRequest, match="picture"):
+        list(engine.stream(None, QUESTION, GREEDY))
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 512, 10**9])
+def test_an_impossible_number_of_new_tokens_is_refused(engine, picture, tokens):
+    with pytest.raises(BadRequest, match="max_tokens"):
+        list(engine.stream(picture, QUESTION, Sampling(max_new_tokens=tokens)))
+
+
+def test_a_picture_is_squeezed_not_cropped_and_normalised():
+    tall = Image.new("RGB", (50, 400), (255, 0, 0))
+    tall.paste((0, 0, 255), (0, 200, 50, 400))
+    pixels = preprocess(tall, 32)
+    assert pixels.shape == (1, 3, 32, 32)
+    red = [(c - m) / s for c, m, s in zip((1, 0, 0), MEAN, STD, strict=True)]
+    blue = [(c - m) / s for c, m, s in zip((0, 0, 1), MEAN, STD, strict=True)]
+    assert torch.allclose(pixels[0, :, 2, 2], torch.tensor(red), atol=1e-5)
+    assert torch.allclose(pixels[0, :, 29, 29], torch.tensor(blue), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK", "1"])
+def test_pictures_of_every_mode_are_read_as_rgb(mode):
+    assert preprocess(Image.new(mode, (10, 10)), 32).shape == (1, 3, 32, 32)

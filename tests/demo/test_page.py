@@ -1,0 +1,229 @@
+"""The page answers about an uploaded picture, explains bad ones and asks no other host."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from colors import Service, picture, shared
+from gradio_client import Client, handle_file
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    service = shared()
+    yield service
+    assert "Traceback" not in service.stderr
+
+
+class Visitor:
+    """A browser's session with the page, through the calls that the page itself makes."""
+
+    def __init__(self, service: Service) -> None:
+        self._client = Client(service.url, verbose=False)
+        self.session = self._client.session_hash
+
+    def look(self, data: bytes, folder: Path, name: str = "picture.png") -> dict[str, Any]:
+        file = folder / name
+        file.write_bytes(data)
+        _, chat, note, question = self._client.predict(handle_file(file), api_name="/look")
+        return {"chat": chat, "note": note, "question": question}
+
+    def ask(self, question: str, beams: int = 1, temperature: float = 1.0) -> list[str]:
+        """What the conversation shows in the end, message by message."""
+        chat = self._client.predict(question, beams, temperature, api_name="/answer")[0]
+        return [message["content"][0]["text"] for message in chat]
+
+    def asking(self, question: str) -> Any:
+        return self._client.submit(question, 1, 1.0, api_name="/answer")
+
+    def restart(self) -> dict[str, Any]:
+        shown, chat, note, question = self._client.predict(api_name="/restart")
+        return {"picture": shown, "chat": chat, "note": note, "question": question}
+
+
+@pytest.fixture
+def visitor(service: Service) -> Visitor:
+    return Visitor(service)
+
+
+def test_a_picture_opens_the_question_and_the_answer_is_about_it(
+    visitor: Visitor, tmp_path: Path
+) -> None:
+    seen = visitor.look(picture("green"), tmp_path)
+    assert seen["note"] == ""
+    assert seen["question"]["interactive"] is True
+    assert visitor.ask("Which color?", beams=3, temperature=0) == [
+        "Which color?",
+        "It is mostly green after 1 turns.",
+    ]
+
+
+def test_the_conversation_goes_on_and_a_new_picture_starts_another(
+    visitor: Visitor, tmp_path: Path
+) -> None:
+    visitor.look(picture("green"), tmp_path)
+    visitor.ask("Which color?")
+    assert visitor.ask("Sure?")[-1] == "It is mostly green after 3 turns."
+    assert visitor.look(picture("blue"), tmp_path, "other.png")["chat"] == []
+    assert visitor.ask("And this?") == ["And this?", "It is mostly blue after 1 turns."]
+
+
+def test_the_answer_is_shown_as_it_grows(visitor: Visitor, tmp_path: Path) -> None:
+    visitor.look(picture("red"), tmp_path)
+    shown = [step[0][-1]["content"][0]["text"] for step in visitor.asking("slowly")]
+    assert "It" in shown
+    assert "It is mostly red" in shown
+    assert shown[-1] == "It is mostly red after 1 turns."
+    assert len(shown) > 5
+
+
+def test_visitors_do_not_see_each_other(service: Service, tmp_path: Path) -> None:
+    one, two = Visitor(service), Visitor(service)
+    one.look(picture("red"), tmp_path, "one.png")
+    two.look(picture("blue"), tmp_path, "two.png")
+    assert one.ask("Which?")[-1] == "It is mostly red after 1 turns."
+    assert two.ask("Which?")[-1] == "It is mostly blue after 1 turns."
+
+
+def test_restart_clears_everything_and_stops_the_running_answer(
+    service: Service, visitor: Visitor, tmp_path: Path
+) -> None:
+    cancelled = 'modeldemo_answers_total{outcome="cancelled"}'
+    before, pieces = service.metric(cancelled), service.metric("modeldemo_pieces_total")
+    visitor.look(picture("red"), tmp_path)
+    visitor.asking("slowly one after the other")
+    service.wait_until(lambda: service.metric("modeldemo_pieces_total") > pieces)
+    cleared = visitor.restart()
+    assert (cleared["picture"], cleared["chat"], cleared["note"]) == (None, [], "")
+    assert cleared["question"]["interactive"] is False
+    assert cleared["question"]["value"] == ""
+    service.wait_until(lambda: service.metric(cancelled) == before + 1, seconds=3)
+    visitor.look(picture("blue"), tmp_path)
+    assert visitor.ask("Which?") == ["Which?", "It is mostly blue after 1 turns."]
+
+
+def test_closing_the_page_stops_the_running_answer(
+    service: Service, visitor: Visitor, tmp_path: Path
+) -> None:
+    cancelled = 'modeldemo_answers_total{outcome="cancelled"}'
+    before, pieces = service.metric(cancelled), service.metric("modeldemo_pieces_total")
+    visitor.look(picture("red"), tmp_path)
+    # A browser holds this connection as long as the page is open.
+    open_page = f"/gradio_api/heartbeat/{visitor.session}"
+    with service.client() as client, client.stream("GET", open_page):
+        visitor.asking("slowly one after the other")
+        service.wait_until(lambda: service.metric("modeldemo_pieces_total") > pieces)
+    service.wait_until(lambda: service.metric(cancelled) == before + 1, seconds=3)
+
+
+def test_nothing_is_answered_without_a_picture(service: Service, visitor: Visitor) -> None:
+    before = service.metric("modeldemo_pieces_total")
+    chat, _ = visitor.asking("Which color?").result()
+    assert not isinstance(chat, list)  # the conversation stays as it is
+    assert service.metric("modeldemo_pieces_total") == before
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (picture()[:80], "The PNG file is damaged or cut off"),
+        (b"nonsense", "The upload is not a picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "The upload is markup"),
+        (b"", "The picture is empty"),
+    ],
+)
+def test_a_bad_upload_is_explained_in_one_line(
+    visitor: Visitor, tmp_path: Path, data: bytes, reason: str
+) -> None:
+    seen = visitor.look(data, tmp_path)
+    assert seen["note"].startswith(reason)
+    assert "\n" not in seen["note"]
+    assert seen["question"]["interactive"] is False
+    # and a good one after it is welcome
+    assert visitor.look(picture("red"), tmp_path, "good.png")["note"] == ""
+    assert visitor.ask("Which?")[-1] == "It is mostly red after 1 turns."
+
+
+def test_pictures_from_phones_and_editors_are_read(visitor: Visitor, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(file, "WEBP", lossless=True)
+    visitor.look(file.getvalue(), tmp_path, "clear.webp")
+    assert visitor.ask("Which?")[-1] == "It is mostly white after 1 turns."
+
+
+def test_an_engine_error_gives_the_question_back(visitor: Visitor, tmp_path: Path) -> None:
+    visitor.look(picture("red"), tmp_path)
+    job = visitor.asking("fail, please")
+    chat, question = job.result()
+    assert chat == []
+    assert question["value"] == "fail, please"
+    assert question["interactive"] is True
+    assert visitor.ask("Which?")[-1] == "It is mostly red after 1 turns."
+
+
+def test_an_upload_over_the_limit_is_refused(service: Service) -> None:
+    with service.client() as client:
+        files = {"files": ("big.png", bytes(21 * 2**20))}
+        assert client.post("/gradio_api/upload", files=files).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["http://example.org/a.png", "https://huggingface.co/a.png"])
+def test_an_address_in_place_of_an_upload_is_not_fetched(service: Service, path: str) -> None:
+    assert "fetches no addresses" in _call_look(service, path)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/proc/self/environ", "../../etc/passwd"])
+def test_a_file_of_the_host_in_place_of_an_upload_is_not_read(service: Service, path: str) -> None:
+    answer = _call_look(service, path)
+    assert "root:" not in answer
+    assert "error" in answer
+    with service.client() as client:
+        assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
+
+
+def _call_look(service: Service, path: str) -> str:
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    with service.client() as client:
+        event = client.post("/gradio_api/call/look", json={"data": [file]}).json()["event_id"]
+        return client.get(f"/gradio_api/call/look/{event}").text
+
+
+def test_the_page_names_no_other_host(service: Service) -> None:
+    with service.client() as client:
+        index = client.get("/")
+        config = client.get("/config")
+        style = client.get("/theme.css")
+    assert index.status_code == 200
+    own = httpx.URL(service.url)
+    for body in (index.text, config.text, style.text):
+        named = {httpx.URL(u).host for u in re.findall(r"https?://[\w.:-]+", body)}
+        assert named <= {own.host, "localhost", "www.w3.org"}  # w3.org: the namespace of SVG
+    assert not re.findall(r"""(?:src|href)=["']//""", index.text)
+
+
+def test_the_page_has_its_stable_ids_and_both_languages(service: Service) -> None:
+    with service.client() as client:
+        components = client.get("/config").json()["components"]
+    props = {c["props"]["elem_id"]: c["props"] for c in components if c["props"].get("elem_id")}
+    wanted = {"picture", "chat", "question", "send", "restart", "beams", "temperature"}
+    assert wanted <= set(props)
+    beams, heat = props["beams"], props["temperature"]
+    assert (beams["minimum"], beams["maximum"], beams["value"]) == (1, 10, 1)
+    assert (heat["minimum"], heat["maximum"], heat["value"], heat["step"]) == (0, 2, 1.0, 0.1)
+    assert props["question"]["interactive"] is False
+    assert "Picture" in props["picture"]["label"]
+    assert "图片" in props["picture"]["label"]
+
+
+def test_analytics_and_footer_links_are_off(service: Service) -> None:
+    with service.client() as client:
+        config = client.get("/config").json()
+    assert config["analytics_enabled"] is False
+    assert config["footer_links"] == []

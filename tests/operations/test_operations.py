@@ -1,0 +1,144 @@
+"""Operations: what each yields for what a host's shell printed, as data in MODULE.OPERATION/*.yaml.
+
+A case gives `arguments` of the operation and, by name, the `facts` that it may ask for: their
+`arguments` and the `output` of their command, which the fact itself reads. It expects either the
+whole list of `commands` or a `noop`. A script of the operation's module stands under its name.
+pyinfra-testing's own cases cannot hold facts that are objects, hence this reader.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+import pytest
+import yaml
+from pydantic import TypeAdapter
+from pyinfra.api import Config, Inventory, State, StringCommand
+from pyinfra.api.command import FileUploadCommand, PyinfraCommand, RsyncCommand
+from pyinfra.context import ctx_host, ctx_state
+
+from gpufleet.python_env import operations as environments
+from gpufleet.python_env import wheelhouse
+from gpufleet.python_env.plan import UV_LOCK, lock_for
+
+HERE = Path(__file__).parent
+CASES = sorted(HERE.glob("*.*/*.yaml"))
+
+
+def as_data(command: PyinfraCommand, module: ModuleType) -> Any:
+    """A command as a case writes it."""
+    if isinstance(command, FileUploadCommand):
+        command.src.seek(0)
+        content = command.src.read()
+        text = content.decode() if isinstance(content, bytes) else content
+        return {"upload": text, "to": command.dest}
+    if isinstance(command, RsyncCommand):
+        return {"rsync": command.src, "to": command.dest, "flags": command.flags}
+    assert isinstance(command, StringCommand)
+    line = command.get_raw_value()
+    scripts = {text: name for name, text in vars(module).items() if isinstance(text, str)}
+    words = shlex.split(line)
+    if words[:2] == ["sh", "-c"]:
+        assert words[3] == "sh"
+        return {"script": scripts[words[2]], "arguments": words[4:]}
+    return line
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_an_operation_yields_exactly_these_commands(
+    path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+):
+    concern, _, name = path.parent.name.partition(".")
+    module = import_module(f"gpufleet.{concern}.operations")
+    function = getattr(module, name)._inner
+    text = path.read_text("utf-8")
+    for mark, value in {"HERE": path.parent, "CACHE": cache, "UV": UV_LOCK.digest}.items():
+        text = text.replace(f"@{mark}@", str(value))
+    case = yaml.safe_load(text)
+    assert set(case) <= {"arguments", "facts", "wheelhouses", "commands", "noop"}
+    assert ("commands" in case) != ("noop" in case)
+
+    for digest in case.get("wheelhouses", []):
+        (wheelhouse.cache() / digest).mkdir(parents=True)
+        (wheelhouse.cache() / digest / ".whole").touch()
+    hints = get_type_hints(function)
+    arguments = {
+        key: TypeAdapter(hints[key]).validate_python(value)
+        for key, value in case["arguments"].items()
+    }
+    printed = {}
+    for fact, given in case.get("facts", {}).items():
+        command = getattr(module, fact)().command(**given["arguments"])
+        printed[command.get_masked_value()] = given["output"]
+
+    state = State(Inventory((["@fake/host"], {})), Config())
+    host = state.inventory.get_host("@fake/host")
+    host.connector.data = {"fake_responses": printed, "fake_delay": 0, "fake_delay_jitter": 0}
+    host.connect()
+    with ctx_state.use(state), ctx_host.use(host), caplog.at_level(logging.DEBUG, "pyinfra"):
+        commands = [as_data(command, module) for command in function(**arguments)]
+
+    noops = [m.partition("noop: ")[2] for m in caplog.messages if "noop: " in m]
+    assert commands == case.get("commands", [])
+    assert commands or noops == [case["noop"]]
+    # Every fact once, with the arguments of the case, and nothing else.
+    assert sorted(host.connector.executed_commands) == sorted(printed)
+
+
+@pytest.fixture
+def environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Iterator[PyinfraCommand]]:
+    """What makes an environment whose wheels pip cannot find anywhere."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    state = State(Inventory((["@fake/host"], {})), Config())
+    host = state.inventory.get_host("@fake/host")
+    host.connector.data = {"fake_delay": 0, "fake_delay_jitter": 0}
+    host.connect()
+    with ctx_state.use(state), ctx_host.use(host):
+        yield environments.environment._inner(
+            root="/opt/x", lock=lock_for("cpu"), from_index=False, torch_index="file:///nowhere"
+        )
+
+
+def test_finding_out_that_an_environment_is_missing_starts_no_download(
+    environment: Iterator[PyinfraCommand], cache: Path
+):
+    """pyinfra takes the first command and no more when it only asks what would change."""
+    assert str(next(environment)).startswith("mkdir -p /opt/x/incoming/")
+    assert not cache.exists()
+
+
+def test_wheels_that_cannot_be_had_fail_the_host_with_one_line(
+    environment: Iterator[PyinfraCommand],
+):
+    _, last = environment
+    assert isinstance(last, StringCommand)
+    said, message = shlex.split(last.get_raw_value().removesuffix(">&2; exit 1"))
+    assert said == "echo"
+    assert message.startswith("pip cannot download uv.lock (")
+    assert "\n" not in message
+
+
+def test_every_operation_has_cases_that_change_and_cases_that_do_not():
+    covered: dict[str, set[str]] = {}
+    for path in CASES:
+        case = yaml.safe_load(path.read_text("utf-8"))
+        covered.setdefault(path.parent.name, set()).update({"commands", "noop"} & set(case))
+    root = Path(import_module("gpufleet").__file__ or "").parent
+    operations = {
+        f"{path.parent.name}.{name}"
+        for path in root.glob("*/operations.py")
+        for name, value in vars(import_module(f"gpufleet.{path.parent.name}.operations")).items()
+        if hasattr(value, "_inner") and value.__module__.startswith("gpufleet.")
+    }
+    assert covered == {operation: {"commands", "noop"} for operation in operations}

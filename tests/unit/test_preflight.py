@@ -1,0 +1,301 @@
+"""Preflight: every reason not to deploy is found and said, and a good host has none."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyinfra.api import Config, FactProcessError, Inventory, State
+from pyinfra.api.exceptions import DeployError
+from pyinfra.api.state import StateStage
+from pyinfra.context import ctx_host, ctx_inventory, ctx_state
+
+from gpufleet.catalog import Model
+from gpufleet.demo.plan import UNIT
+from gpufleet.preflight.facts import Preflight
+from gpufleet.preflight.plan import SPARE_MIB, SUPPORTED, HostPicture, findings, parse
+from gpufleet.settings import Settings
+from gpufleet.settings import parse as parse_settings
+
+PYTHON = "python3.11"
+GOOD = HostPicture(
+    os="debian",
+    os_version="12",
+    os_codename="bookworm",
+    arch="x86_64",
+    uid=0,
+    init="systemd",
+    memory_kib=4096 * 1024,
+    disk_free_kib=10_000 * 1024,
+    disk_used_kib=0,
+    python="/usr/bin/python3.11",
+    gpus=(),
+    driver=None,
+    port_taken_by=None,
+    port_is_ours=False,
+)
+LINES = """\
+os\tdebian
+os_like\t
+os_version\t12
+os_codename\tbookworm
+arch\tx86_64
+uid\t0
+init\tsystemd
+memory_kib\t4194304
+disk_free_kib\t10240000
+disk_used_kib\t0
+python\t/usr/bin/python3.11
+""".splitlines()
+
+
+def found(model: Model, data: dict[str, Any] | None = None, **changes: Any) -> list[str]:
+    settings = parse_settings(data or {}, "host")
+    return findings(settings, "small", model, replace(GOOD, **changes), PYTHON)
+
+
+def test_the_scripts_lines_are_read():
+    assert parse(LINES) == GOOD
+
+
+def test_graphics_cards_driver_and_port_are_read():
+    picture = parse(
+        [
+            *LINES,
+            "gpu\t0x20b5",
+            "gpu\t0x20b5",
+            "driver\t570.86.15",
+            "port_taken\tunknown",
+            "port_taken\tpython (pid 7)",
+            f"port_cgroup\t0::/system.slice/{UNIT} ",
+        ]
+    )
+    assert picture.gpus == ("0x20b5", "0x20b5")
+    assert picture.driver == "570.86.15"
+    assert picture.port_taken_by == "python (pid 7)"
+    assert picture.port_is_ours
+
+
+def test_a_tool_that_is_missing_is_not_a_tool_that_does_not_answer():
+    assert parse(LINES).driver is None
+    assert parse([*LINES, "driver\t"]).driver == ""
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        ["bash: warning: setlocale: LC_ALL"],
+        LINES[1:],
+        [*LINES, "memory_kib\t"],
+        [*LINES, "uid\troot"],
+    ],
+    ids=["nothing", "noise", "a line less", "no number", "a word"],
+)
+def test_output_that_is_not_the_scripts_is_a_fact_error(lines: list[str]):
+    """Any other exception would end the run for every host."""
+    with pytest.raises(FactProcessError):
+        Preflight().process(lines)
+
+
+def test_noise_around_the_scripts_lines_is_passed_over():
+    assert parse(["Welcome to Debian", *LINES, "bye"]) == GOOD
+
+
+def test_a_good_host_has_no_findings(model: Model):
+    assert found(model) == []
+
+
+@pytest.mark.parametrize(("os", "version"), sorted(SUPPORTED))
+def test_every_supported_system_is_good(model: Model, os: str, version: str):
+    assert found(model, os=os, os_version=version) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"uid": 1000}, "not root: connect as root, or set _sudo = True in the inventory"),
+        (
+            {"os": "fedora", "os_version": "42"},
+            "fedora 42 is not supported: "
+            "use one of debian 12, debian 13, ubuntu 22.04, ubuntu 24.04",
+        ),
+        ({"os_version": "11"}, "debian 11 is not supported: "),
+        ({"arch": "aarch64"}, "architecture aarch64 is not supported: use x86_64"),
+        ({"init": "bash"}, "init is bash, not systemd: the demo runs as a systemd service"),
+        ({"python": None}, "no python3.11: the environment is locked for it; "),
+        (
+            {"memory_kib": 2000 * 1024 - 1},
+            "1999 MiB of memory, model small needs 2000: use a larger host or a smaller model",
+        ),
+        (
+            {"disk_free_kib": 1000 * 1024},
+            f"disk full: 1000 MiB free for /opt/minigpt4, this deploy needs {1000 + SPARE_MIB}: "
+            "free some space or set root to a folder on a larger disk",
+        ),
+        (
+            {"port_taken_by": "nginx (pid 5)"},
+            "port 7860 is in use by nginx (pid 5): stop it or set demo.port",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_each_reason_is_said_in_one_line(model: Model, changes: dict[str, Any], expected: str):
+    (line,) = found(model, **changes)
+    assert line.startswith(expected)
+    assert "\n" not in line
+
+
+def test_a_host_with_exactly_enough_is_good(model: Model):
+    assert found(model, memory_kib=2000 * 1024, disk_free_kib=(1000 + SPARE_MIB) * 1024) == []
+
+
+def test_what_an_earlier_deploy_takes_already_need_not_be_free(model: Model):
+    assert found(model, disk_free_kib=SPARE_MIB * 1024, disk_used_kib=1000 * 1024) == []
+    assert found(model, disk_free_kib=SPARE_MIB * 1024, disk_used_kib=5000 * 1024) == []
+    (line,) = found(model, disk_free_kib=SPARE_MIB * 1024 - 1, disk_used_kib=5000 * 1024)
+    assert line.startswith("disk full: ")
+
+
+def test_the_demo_itself_may_hold_its_port(model: Model):
+    assert found(model, port_taken_by="python (pid 5)", port_is_ours=True) == []
+
+
+def test_an_accelerator_that_the_model_does_not_run_on_is_said(model: Model):
+    cpu_only = model.model_copy(update={"accelerators": ("cpu",)})
+    lines = found(cpu_only, {"accelerator": "cuda"}, gpus=("0x20b5",), driver="570.86.15")
+    assert lines == ["model small does not run on accelerator cuda: set accelerator to cpu"]
+
+
+def test_cuda_needs_a_card_and_then_a_driver_that_answers(model: Model):
+    data = {"accelerator": "cuda"}
+    assert "no NVIDIA GPU on the PCI bus" in found(model, data)[0]
+    for driver in (None, ""):
+        (line,) = found(model, data, gpus=("0x20b5",), driver=driver)
+        assert line.startswith("the NVIDIA driver does not answer: ")
+    assert found(model, data, gpus=("0x20b5",), driver="570.86.15") == []
+
+
+def test_all_findings_come_at_once_and_in_the_order_in_which_they_matter(model: Model):
+    lines = found(
+        model,
+        {"accelerator": "cuda"},
+        uid=1000,
+        os="fedora",
+        arch="riscv64",
+        init="init",
+        python=None,
+        memory_kib=1,
+        disk_free_kib=1,
+        port_taken_by="x",
+    )
+    words = ["root", "fedora", "riscv64", "init is", PYTHON, "memory", "disk", "port", "GPU"]
+    assert [word for word, line in zip(words, lines, strict=True) if word in line] == words
+
+
+def look(sh, root: str = "/opt/none", port: int = 1) -> HostPicture:
+    done = sh(Preflight().command(root=root, port=port, python=PYTHON))
+    assert done.returncode == 0
+    assert done.stderr == ""
+    return Preflight().process(done.stdout.splitlines())
+
+
+class TestTheRealScriptOnThisMachine:
+    def test_it_says_what_this_machine_is(self, sh, tmp_path: Path):
+        picture = look(sh, root=str(tmp_path / "not" / "there"))
+        assert picture.arch == platform.machine()
+        assert picture.uid == os.geteuid()
+        assert picture.os == platform.freedesktop_os_release()["ID"]
+        assert picture.os_codename == platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024
+        assert picture.memory_kib == pytest.approx(pages, rel=0.02)
+        free = os.statvfs(tmp_path)
+        assert picture.disk_free_kib == pytest.approx(
+            free.f_bavail * free.f_frsize // 1024, rel=0.05
+        )
+        assert picture.disk_used_kib == 0
+        assert picture.port_taken_by is None
+
+    def test_it_counts_what_the_deploys_folder_takes(self, sh, tmp_path: Path):
+        (tmp_path / "weights").write_bytes(b"x" * 2_000_000)
+        assert 1_900 <= look(sh, root=str(tmp_path)).disk_used_kib <= 2_500
+
+    @pytest.mark.parametrize(
+        ("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+    )
+    def test_it_finds_who_listens_on_the_port(self, sh, family: socket.AddressFamily, address: str):
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.bind((address, 0))
+            listener.listen()
+            picture = look(sh, port=listener.getsockname()[1])
+        assert picture.port_taken_by is not None
+        assert picture.port_taken_by.endswith(f"(pid {os.getpid()})")
+        assert not picture.port_is_ours
+
+    def test_a_connection_from_the_port_is_not_a_listener(self, sh):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            address = listener.getsockname()
+            with socket.create_connection(address) as client:
+                assert look(sh, port=client.getsockname()[1]).port_taken_by is None
+
+    def test_it_looks_for_the_interpreter_where_the_environment_is_made_with_it(self):
+        """python_env makes it with /usr/bin/python3.11: one elsewhere is of no use."""
+        command = str(Preflight().command(root="/x", port=1, python=PYTHON))
+        assert "/usr/bin/$3" in command
+        assert "/usr/local/bin/$3" not in command
+
+
+def fleet(answers: dict[str, Any], settings: Settings) -> State:
+    """A run against pyinfra's own stand-in for hosts; `answers` are what their shells print."""
+    data = {"weights": {"source": settings.weights.source}}
+    state = State(Inventory(([(f"@fake/{name}", data) for name in answers], {})), Config())
+    for host, answer in zip(state.inventory, answers.values(), strict=True):
+        quick = {"fake_delay": 0, "fake_delay_jitter": 0}
+        host.connector.data = {"fake_responses": {"MemTotal": answer}, **quick}
+    return state
+
+
+def run_preflight(state: State) -> None:
+    """What deploy.py does first, for every host in turn."""
+    from tasks.preflight import preflight
+
+    state.current_stage = StateStage.Prepare
+    with ctx_state.use(state), ctx_inventory.use(state.inventory):
+        for host in state.inventory:
+            host.connect()
+            state.activate_host(host)
+        for host in state.inventory:
+            with ctx_host.use(host):
+                preflight()
+
+
+def test_every_finding_of_every_host_is_reported_before_anything_changes(settings: Settings):
+    old = [line.replace("\t12", "\t11") for line in LINES]
+    state = fleet({"a": old, "b": [*LINES, "port_taken\tx"]}, settings)
+    with pytest.raises(DeployError) as error:
+        run_preflight(state)
+    message = str(error.value)
+    assert "nothing was changed" in message
+    assert "@fake/a: debian 11 is not supported" in message
+    assert "@fake/b: port 7860 is in use by x" in message
+
+
+def test_a_host_whose_shell_fails_is_named_and_does_not_hide_the_others(settings: Settings):
+    """As with _sudo where sudo asks for a password."""
+    state = fleet(
+        {
+            "a": {"success": False, "stderr": "sudo: a password is required"},
+            "b": [*LINES, "port_taken\tx"],
+        },
+        settings,
+    )
+    with pytest.raises(DeployError) as error:
+        run_preflight(state)
+    message = str(error.value)
+    assert "@fake/a: " in message
+    assert "@fake/b: port 7860 is in use by x" in message
