@@ -27,8 +27,9 @@ from gpufleet.run.pyinfra import DRY_ENV, LIMIT_ENV, PARENT_ENV
 
 ANSI = re.compile(r"\x1b\[[0-9;]*[a-zA-Z]")
 
-# Lines that pyinfra logged as warnings or errors about a host since its operation started.
-_logged: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=60))
+# Lines that pyinfra logged as warnings or errors about a host since its operation started. uv
+# lists every hash that the lock names, a hundred for some packages, after the line that says why.
+_logged: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=2000))
 _started: dict[tuple[str, str], float] = {}
 _failed: set[str] = set()
 

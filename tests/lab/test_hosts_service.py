@@ -52,7 +52,7 @@ def test_it_can_change_nothing_that_it_runs(deployed: Fleet) -> None:
         assert host.sh(foreign) == ""
         writable = f"find {HOME} ! -type l -perm /022"
         assert host.sh(writable) == ""
-        assert host.sh(f"runuser -u {USER} -- find {HOME} ! -type l -writable") == ""
+        assert host.sh(f"cd / && runuser -u {USER} -- find {HOME} ! -type l -writable") == ""
 
 
 def test_it_sees_the_filesystem_read_only(one: Host) -> None:
