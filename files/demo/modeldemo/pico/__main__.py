@@ -11,7 +11,7 @@ from ..minigpt4.sizes import Sizes
 
 # What the default plan takes on two quiet cores; `--minutes` is turned into steps by it, so that
 # a busy machine makes the same model, only later.
-DEFAULT_MINUTES = 9.5
+DEFAULT_MINUTES = 5.3
 
 
 def main() -> int:
