@@ -26,11 +26,11 @@ if selected("mirrors"):
 if selected("base"):
     base()
 
-# The kernel before the driver: its module is built for a kernel that stays.
-if selected("kernel"):
-    kernel()
+# The driver before the kernel: only a kernel that the driver works on is pinned.
 if selected("driver"):
     driver()
+if selected("kernel"):
+    kernel()
 
 if selected("python_env"):
     python_env()

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from gpufleet import ROOT
 from gpufleet.errors import FleetError, UsageError
@@ -130,6 +139,125 @@ class Mirrors(_Entry):
     sites: Mapping[str, Site]
 
 
+Branch = Annotated[str, Field(pattern=r"^[1-9][0-9]{2}$")]
+ModuleFlavour = Literal["open", "proprietary"]
+
+
+class Environments(_Entry):
+    """What the locked environments need of a driver."""
+
+    cuda: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")]
+
+
+class Cuda(_Entry):
+    """Which driver each CUDA needs: a branch by its major version, and the one it came with."""
+
+    floors: Mapping[Annotated[str, Field(pattern=r"^[0-9]+$")], Branch]
+    pairs: Mapping[
+        Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")],
+        Annotated[str, Field(pattern=r"^[0-9]{3}(\.[0-9]+)+$")],
+    ]
+    evidence: Evidence
+
+
+class Devices(_Entry):
+    """A block of PCI device ids, both ends in it; written as ``1d80-1dff``."""
+
+    first: int
+    last: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, given: object) -> object:
+        if not isinstance(given, str):
+            return given
+        ends = re.fullmatch(r"([0-9a-f]{4})-([0-9a-f]{4})", given)
+        if ends is None or ends[1] > ends[2]:
+            raise ValueError("must be two ids of four hex digits, as in 1d80-1dff")
+        return {"first": int(ends[1], 16), "last": int(ends[2], 16)}
+
+
+class Generation(_Entry):
+    """GPUs of one architecture, and which drivers take them."""
+
+    title: str
+    devices: Annotated[tuple[Devices, ...], Field(min_length=1)]
+    modules: Annotated[tuple[ModuleFlavour, ...], Field(min_length=1)]
+    first: Branch
+    last: Branch | None = None
+    """None: no branch has dropped them yet."""
+    subnet_manager: bool = False
+    """Where they are joined by NVSwitches (NVLink 5), the fabric manager needs one."""
+    evidence: Evidence
+
+
+class DriverBranch(_Entry):
+    """A driver branch and how long NVIDIA mends it."""
+
+    support: Literal["lts", "production", "new-feature", "ended"]
+    until: Annotated[str, Field(pattern=r"^20[0-9]{2}-[01][0-9]$")] | None = None
+    modules: Annotated[tuple[ModuleFlavour, ...], Field(min_length=1)] = ("open", "proprietary")
+    evidence: Evidence
+
+
+class DriverPackages(_Entry):
+    """Package names of one source, with ``{branch}`` and ``{open}`` to be filled in."""
+
+    branches: Mapping[str, tuple[Branch, ...]] = {}
+    open: tuple[str, ...]
+    """What builds the open modules by DKMS; so `proprietary`."""
+    proprietary: tuple[str, ...]
+    userland: tuple[str, ...] = ()
+    prebuilt: tuple[str, ...] = ()
+    fabric_manager: tuple[str, ...] = ()
+    subnet_manager: tuple[str, ...] = ()
+    evidence: Evidence
+
+
+class Packages(_Entry):
+    """Package names by where the driver comes from."""
+
+    debian: DriverPackages
+    ubuntu: DriverPackages
+    nvidia: DriverPackages
+    nvidia_rhel: Annotated[DriverPackages, Field(alias="nvidia-rhel")]
+    runfile: DriverPackages
+
+
+class Drivers(_Entry):
+    """catalog/drivers.yaml."""
+
+    schema_version: Annotated[Literal[1], Field(alias="schema")]
+    environments: Environments
+    cuda: Cuda
+    generations: Mapping[str, Generation]
+    branches: Mapping[Branch, DriverBranch]
+    packages: Packages
+
+    @model_validator(mode="after")
+    def _whole(self) -> Drivers:
+        blocks = sorted(
+            (block.first, block.last, name)
+            for name, generation in self.generations.items()
+            for block in generation.devices
+        )
+        for (_, last, one), (first, _, other) in pairwise(blocks):
+            if first <= last:
+                raise ValueError(f"generations {one} and {other} both have device {first:04x}")
+        major = self.environments.cuda.partition(".")[0]
+        if major not in self.cuda.floors:
+            raise ValueError(f"environments: CUDA {major} has no floor")
+        return self
+
+    def generation(self, device: str) -> Generation | None:
+        """The generation of a PCI device id such as ``20b5``, None if it is in no block."""
+        number = int(device, 16)
+        for generation in self.generations.values():
+            if any(block.first <= number <= block.last for block in generation.devices):
+                return generation
+        return None
+
+
 _M = TypeVar("_M", bound=BaseModel)
 
 
@@ -174,3 +302,9 @@ def site(name: str) -> Site:
             f"{', '.join(sorted(sites))}"
         )
     return sites[name]
+
+
+@cache
+def drivers() -> Drivers:
+    """GPUs, driver branches and their packages. Raises FleetError for an invalid catalogue."""
+    return _load(Drivers, CATALOG / "drivers.yaml")

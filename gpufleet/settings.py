@@ -64,6 +64,51 @@ class Mirrors(_Model):
     because a mirror may lag by a day."""
 
 
+class Driver(_Model):
+    source: Literal["distribution", "nvidia", "nvidia-cn", "runfile", "present"] = "distribution"
+    """Where the NVIDIA driver comes from: the distribution's own packages, NVIDIA's CUDA
+    repository, its host in China, a .run file (`runfile`), or nowhere: it must be `present`."""
+
+    branch: Annotated[str, Field(pattern=r"^[1-9][0-9]{2}$")] | None = None
+    """Driver branch, such as 535. Unset: one that fits GPUs and CUDA and that the source has."""
+
+    cuda: Annotated[str, Field(pattern=r"^[1-9][0-9]\.[0-9]$")] | None = None
+    """CUDA that the driver must run, such as 12.2. Unset: that of the demo's locked environment."""
+
+    modules: Literal["auto", "open", "proprietary"] = "auto"
+    """Flavour of the kernel modules; `auto` takes what all GPUs of the host can use."""
+
+    runfile: str | None = None
+    """The .run file on the operator's machine that `source: runfile` installs."""
+
+    boot_guard: bool = False
+    """A unit that builds or loads the module at boot, before the demo, where it is missing."""
+
+
+class Kernel(_Model):
+    pin: bool = True
+    """Keep kernel and driver as they are, once they work together, until the settings change."""
+
+    drift: Literal["adopt", "revert"] = "adopt"
+    """What to do where another kernel than the pinned one runs: pin that one once it works, or
+    boot the pinned one again."""
+
+    reboot: Literal["never", "when-safe"] = "never"
+    """Whether apply may reboot a host: never, or where the next kernel has a working module, as
+    a trial boot that falls back by itself."""
+
+    reboot_timeout: Annotated[int, Field(ge=10, le=7200)] = 900
+    """Seconds that a host may take to come back from a reboot."""
+
+
+class Rolling(_Model):
+    canary: bool = True
+    """Apply to one host of each kind (OS, kernel flavour, GPU, driver) before all others."""
+
+    batch: Annotated[int, Field(ge=0, le=10000)] = 0
+    """How many hosts are applied to at once after the canaries; 0 is all."""
+
+
 class PythonEnv(_Model):
     manager: Literal["uv"] = "uv"
     """What makes the demo's environment."""
@@ -131,6 +176,9 @@ class Settings(_Model):
     """The account that the demo runs as; made if missing, without a password or a shell."""
 
     base: Base = Base()
+    driver: Driver = Driver()
+    kernel: Kernel = Kernel()
+    rolling: Rolling = Rolling()
     mirrors: Mirrors = Mirrors()
     python_env: PythonEnv = PythonEnv()
     weights: Weights = Weights()

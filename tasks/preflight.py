@@ -12,13 +12,18 @@ from pyinfra.api.host import Host
 from pyinfra.context import ctx_host
 
 from gpufleet import catalog
+from gpufleet.catalog import Drivers
+from gpufleet.driver.facts import GpuFacts
 from gpufleet.errors import FleetError
+from gpufleet.kernel.facts import KernelFacts
 from gpufleet.preflight.facts import Preflight
 from gpufleet.preflight.local import missing_programs
-from gpufleet.preflight.plan import findings
-from gpufleet.python_env.plan import lock_for
+from gpufleet.preflight.plan import driver_findings, findings
+from gpufleet.python_env.plan import PYTHON, lock_for
 from gpufleet.run.events import emit
-from gpufleet.settings import parse
+from gpufleet.run.only import selected
+from gpufleet.seen import fresh
+from gpufleet.settings import Settings, parse
 from gpufleet.weights.local import check_source
 
 # One report a run: pyinfra loads the deploy once a host, and the first host that comes here asks
@@ -36,7 +41,9 @@ def _check(one: Host) -> list[str]:
     try:
         settings = parse(one.data.dict(), one.name)
         model = catalog.model(settings.model)
-        lock = lock_for(settings.accelerator)
+        drivers = catalog.drivers()
+        environment = selected("python_env")
+        python = lock_for(settings.accelerator).python if environment else PYTHON
     except FleetError as error:
         noted(error)
         return found
@@ -57,15 +64,32 @@ def _check(one: Host) -> list[str]:
                 Preflight,
                 root=str(settings.root),
                 port=settings.demo.port,
-                python=lock.python,
+                python=python,
             )
+            cuda = settings.accelerator == "cuda" and picture is not None and picture.gpus
+            verdict = _driver(settings, drivers) if cuda else None
     except EOFError:  # pyinfra asks for sudo's password, and nobody is there to give it
         message = "sudo asks for a password: connect as root or allow sudo without a password"
         return [*found, message]
     if picture is None:
         message = "the preflight script did not run: log in as root, or use sudo without a password"
         return [*found, message]
-    return found + findings(settings, settings.model, model, picture, lock.python)
+    return found + findings(
+        settings,
+        settings.model,
+        model,
+        picture,
+        python,
+        environment=environment,
+        driver=verdict,
+    )
+
+
+def _driver(settings: Settings, drivers: Drivers) -> list[str] | None:
+    """What speaks against the driver that this run would bring; None where it brings none."""
+    if settings.driver.source == "present" or not selected("driver"):
+        return None
+    return driver_findings(settings, fresh(KernelFacts), fresh(GpuFacts), drivers)
 
 
 def _report() -> list[str]:

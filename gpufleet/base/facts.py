@@ -14,7 +14,7 @@ dpkg-query -W -f '${db:Status-Status}\t${Package}\n' "$@" 2>/dev/null | sed -n '
 if [ -n "$(dpkg --audit)" ] || ls /var/lib/dpkg/updates | grep -q .; then echo interrupted; fi
 # Lists are as old as the last update, and stale once a source was edited after it.
 lists=$(find /var/lib/apt/lists -maxdepth 1 -type f -name '*Packages*' | head -n 1)
-updated=$(stat -c %Y /var/lib/apt/lists /var/lib/apt/lists/partial /var/cache/apt/pkgcache.bin \
+updated=$(stat -c %Y /var/lib/apt/lists /var/lib/apt/lists/partial \
   2>/dev/null | sort -n | tail -n 1)
 edited=$(stat -c %Y /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
   sort -n | tail -n 1)

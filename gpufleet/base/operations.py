@@ -7,11 +7,9 @@ from collections.abc import Generator, Sequence
 from pyinfra import host
 from pyinfra.api import QuoteString, StringCommand, operation
 
+from gpufleet.apt import APT, INSTALL
 from gpufleet.base.facts import AptPackages
 from gpufleet.base.plan import lists_are_stale, missing
-
-#: Waits for another apt (unattended-upgrades, an apply that was killed) instead of failing.
-APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600"
 
 
 @operation()
@@ -29,8 +27,4 @@ def installed(packages: Sequence[str], *, update: bool = False) -> Generator[Str
         return
     if update or lists_are_stale(found):
         yield StringCommand(APT, "update")
-    yield StringCommand(
-        APT,
-        "install -y --no-install-recommends -o Dpkg::Options::=--force-confold --",
-        *(QuoteString(name) for name in absent),
-    )
+    yield StringCommand(INSTALL, "--", *(QuoteString(name) for name in absent))

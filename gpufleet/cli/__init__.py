@@ -16,7 +16,7 @@ app = typer.Typer(
     name="fleet",
     help="From bare GPU servers to a running model demo, over SSH, from a laptop.",
     epilog="Exit codes: 0 done or healthy, 1 something failed, 2 usage or invalid input, "
-    "3 (plan) changes pending, 130 stopped by Ctrl-C.",
+    "3 (plan) changes pending, 4 (forecast) unsafe to reboot, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,12 +35,25 @@ def global_options(
 
 def _register() -> None:
     # Each module is light: what a command needs is imported when it runs.
-    from gpufleet.cli import apply, demo, lab, logs, plan, status, test, tunnel
+    from gpufleet.cli import (
+        apply,
+        demo,
+        doctor,
+        forecast,
+        lab,
+        logs,
+        plan,
+        status,
+        test,
+        tunnel,
+    )
 
     app.command("demo")(demo.demo)
     app.command("plan")(plan.plan)
     app.command("apply")(apply.apply)
     app.command("status")(status.status)
+    app.command("doctor")(doctor.doctor)
+    app.command("forecast")(forecast.forecast)
     app.command("tunnel")(tunnel.tunnel)
     app.command("logs")(logs.logs)
     app.add_typer(lab.app, name="lab")

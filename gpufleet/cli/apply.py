@@ -18,7 +18,9 @@ def apply(
 ) -> None:
     """Bring hosts to what their settings say.
 
-    What is right already stays untouched. A host that fails does not stop the others.
+    What is right already stays untouched. A host that fails does not stop the others, unless
+    they are applied to in batches (setting rolling): then those whose turn has not come stay as
+    they are.
     """
     from gpufleet.cli import output
     from gpufleet.run import pyinfra

@@ -1,10 +1,10 @@
-"""fleet lab: throwaway fleets of containers on this machine.
+"""fleet lab: throwaway fleets of containers or virtual machines on this machine.
 
 The document of `fleet lab list --json` (`version` 1), and of `fleet lab up --json` with the one
 lab it brought up:
 
-    {"version": 1, "labs": [{"name": LAB, "image": IMAGE, "subnet": CIDR, "key": FILE,
-                             "known_hosts": FILE,
+    {"version": 1, "labs": [{"name": LAB, "image": IMAGE, "vm": BOOL, "subnet": CIDR,
+                             "key": FILE, "known_hosts": FILE,
                              "hosts": [{"name": HOST, "address": IP, "running": BOOL}, …]}, …]}
 """
 
@@ -46,8 +46,30 @@ def up(
         ),
     ] = None,
     name: Name = "lab",
+    vm: Annotated[
+        bool, typer.Option("--vm", help="Virtual machines: kernel, GRUB and reboots of their own.")
+    ] = False,
+    pci: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID",
+            help="A PCI device of each virtual machine, as in 10de:20b5:0302; may be repeated.",
+        ),
+    ] = None,
     disk_mib: Annotated[
         int | None, typer.Option(metavar="MIB", help="Give each new host a disk of this size.")
+    ] = None,
+    gpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RECORDING",
+            help="Show each new container a recorded host's GPUs (the GPU double), such as h100x8, "
+            "mixed, lost, mismatch, nouveau, none or bare; several are taken in turn.",
+        ),
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(metavar="RELEASE", help="What uname -r says on each new container."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -55,7 +77,17 @@ def up(
     from gpufleet import lab
 
     with showing(quiet=as_json) as progress:
-        fleet = lab.up(name, hosts, image, disk_mib=disk_mib, progress=progress)
+        fleet = lab.up(
+            name,
+            hosts,
+            image,
+            vm=vm,
+            pci=pci or (),
+            disk_mib=disk_mib,
+            gpus=gpus or (),
+            kernel=kernel,
+            progress=progress,
+        )
     _show([fleet], as_json)
 
 
@@ -142,11 +174,15 @@ def _show(fleets: list[Lab], as_json: bool) -> None:
         output.print_rows(
             ["LAB", "IMAGE", "HOST", "ADDRESS", "STATE"],
             [
-                [fleet.name, fleet.image, host.name, host.address, _state(host.running)]
+                [fleet.name, _image(fleet), host.name, host.address, _state(host.running)]
                 for fleet in fleets
                 for host in fleet.hosts
             ],
         )
+
+
+def _image(fleet: Lab) -> str:
+    return f"{fleet.image} (vm)" if fleet.vm else fleet.image
 
 
 def _state(running: bool) -> str:
@@ -157,6 +193,7 @@ def _document(fleet: Lab) -> dict[str, Any]:
     return {
         "name": fleet.name,
         "image": fleet.image,
+        "vm": fleet.vm,
         "subnet": fleet.subnet,
         "key": str(fleet.key),
         "known_hosts": str(fleet.known_hosts),

@@ -3,15 +3,19 @@
 The document of `fleet apply --json` (`version` 1):
 
     {"version": 1, "command": "apply", "inventory": FILE, "exit_code": 0|1|2|130,
-     "seconds": S, "log": FILE, "errors": [LINE, …],
-     "hosts": [{"name": HOST, "state": "done"|"failed"|"unreachable"|"stopped", "changed": N,
-                "findings": [TEXT, …],
+     "seconds": S, "log": FILE, "errors": [LINE, …], "order": [[HOST, …], …],
+     "hosts": [{"name": HOST, "state": "done"|"failed"|"unreachable"|"stopped"|"untouched",
+                "changed": N, "findings": [TEXT, …],
                 "concerns": [{"name": CONCERN, "state": "ok"|"failed"|"stopped", "seconds": S,
                               "operations": N, "changed": [OPERATION, …]}, …]}, …]}
 
 `fleet plan --json` has "command": "plan", exit code 3 where apply has changes to make, and in
 each host "pending": [{"concern": CONCERN, "operation": OPERATION}, …] instead of "changed" and
 "concerns". Times are in seconds.
+
+"order" are the batches in which apply went, or would go (plan): the canaries, then the others;
+it is empty where all hosts go at once. A host is "untouched" where a failure or Ctrl-C ended the
+run before its batch: nothing was changed there.
 """
 
 from __future__ import annotations
@@ -68,12 +72,20 @@ def watching(as_json: bool, verbose: bool) -> Iterator[Watch]:
 
 
 class _Lines:
-    """A line for each host and concern when it ends."""
+    """A line for each host and concern when it ends, and for each batch when it begins."""
 
     def __init__(self) -> None:
         self.shown: set[tuple[str, str]] = set()
+        self.batches = 0
 
     def __call__(self, picture: Picture) -> None:
+        # What ended before a batch began is printed before it.
+        self._ended(picture)
+        for batch in picture.order[self.batches :]:
+            print(f"next: {batch}", flush=True)
+        self.batches = len(picture.order)
+
+    def _ended(self, picture: Picture) -> None:
         for host, concern in picture.ended():
             if (host.name, concern.name) not in self.shown:
                 self.shown.add((host.name, concern.name))
@@ -117,7 +129,8 @@ def table(picture: Picture) -> Table:
             now = host.state
         since = duration(max(time.time() - host.since, 0)) if goes_on else ""
         concern = host.concern if host.state != "done" else ""
-        rows.add_row(host.name, concern, now, since, changed, style="" if host.ok else "red")
+        style = "" if host.ok else "dim" if host.state == "untouched" else "red"
+        rows.add_row(host.name, concern, now, since, changed, style=style)
     return rows
 
 
@@ -131,6 +144,8 @@ def finish(result: Result, as_json: bool) -> int:
     for host in result.hosts:
         for concern, operation in host.pending:
             print(f"{host.name} {concern}: {operation}")
+    if result.command == "plan" and result.order:
+        print(f"order of apply: {'; then '.join(map(str, result.order))}")
     print(summary(result), flush=True)
     return result.exit_code
 
@@ -152,6 +167,8 @@ def summary(result: Result) -> str:
     took = duration(result.seconds)
     if result.errors:
         failed = f"failed: {', '.join(result.failed)}" if result.failed else "failed"
+        if result.untouched:
+            failed += f", untouched: {', '.join(result.untouched)}"
         return f"{hosts}, {failed}; {changes}, {took}; {log}"
     return f"{hosts} ok, {changes}, {took}; {log}"
 
@@ -174,6 +191,7 @@ def document(result: Result) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "log": str(result.log),
         "errors": list(result.errors),
+        "order": [list(batch.hosts) for batch in result.order],
         "hosts": [_host(host, result.command) for host in result.hosts],
     }
 

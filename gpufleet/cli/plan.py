@@ -18,7 +18,8 @@ def plan(
 ) -> None:
     """Say what apply would change, changing nothing.
 
-    Exit code 3 if it would change anything.
+    Also in which order, where hosts are applied to in batches (setting rolling). Exit code 3 if
+    it would change anything.
     """
     from gpufleet.cli import output
     from gpufleet.run import pyinfra

@@ -28,20 +28,28 @@ class Part(str, Enum):
 
     unit = "unit"
     lab = "lab"
+    vm = "vm"
     browser = "browser"
+    long = "long"
 
+
+#: What runs without being asked for; `long` takes as long as all of it.
+DEFAULT = (Part.unit, Part.lab, Part.vm, Part.browser)
 
 #: Where each part's tests are; those of the demo run in its own environment.
 FOLDERS = {
     Part.unit: ("tests/unit", "tests/operations"),
     Part.lab: ("tests/lab",),
+    Part.vm: ("tests/vm",),
     Part.browser: ("tests/browser",),
+    Part.long: ("tests/lab/test_hosts_driver.py", "tests/lab/test_hosts_ubuntu.py"),
 }
 
 
 def run_tests(
     parts: Annotated[
-        list[Part] | None, typer.Argument(metavar="[unit|lab|browser]...", help="Default: all.")
+        list[Part] | None,
+        typer.Argument(metavar="[unit|lab|vm|browser|long]...", help="Default: all but long."),
     ] = None,
     expression: Annotated[
         str | None, typer.Option("-k", metavar="EXPR", help="Only tests that match, as pytest -k.")
@@ -50,16 +58,19 @@ def run_tests(
     """Run every test that this machine can run.
 
     Says what was left out and why. unit: ruff, mypy, the demo's own tests, unit and operation
-    tests. lab: real hosts; needs root on Debian or Ubuntu. browser: the page in Chromium. The
-    last line is pytest's.
+    tests. lab: real hosts; needs root on Debian or Ubuntu. vm: real kernels and reboots in QEMU.
+    browser: the page in Chromium. long, only if asked for: builds the real driver with DKMS, and
+    Ubuntu's kernels; some twenty minutes. The last line is pytest's.
     """
-    wanted = parts or list(Part)
+    wanted = parts or list(DEFAULT)
     skipped = {part: why for part in wanted if (why := _missing(part))}
     chosen = [part for part in wanted if part not in skipped]
     results: list[_Result] = []
     if Part.unit in chosen:
         results += [_run(*check) for check in _checks()]
         results += _demo_tests(expression)
+    if Part.long not in wanted:
+        print("left out long: it builds the real driver; ./fleet test long runs it", flush=True)
     for part, why in skipped.items():
         print(f"skipped {part.value}: {why}", flush=True)
     for result in results:
@@ -68,7 +79,10 @@ def run_tests(
     if not chosen:
         raise typer.Exit(1)
     folders = [folder for part in chosen for folder in FOLDERS[part]]
-    last = _run(" ".join(folders), _pytest(Path(sys.executable), folders, expression))
+    command = _pytest(Path(sys.executable), folders, expression)
+    if Part.long not in chosen:
+        command += ["-m", "not long"]
+    last = _run(" ".join(folders), command)
     raise typer.Exit(0 if all(result.ok for result in [*results, last]) else 1)
 
 
@@ -119,15 +133,17 @@ def _missing(part: Part) -> str | None:
     system = _system()
     if os.geteuid() != 0 or not system & {"debian", "ubuntu"}:
         return "it boots hosts, which needs root on Debian or Ubuntu"
-    browser = ("chromium", "chromedriver")
-    if part is Part.lab or all(map(shutil.which, browser)):
+    if part in (Part.lab, Part.long):
         return None
-    if "debian" not in system or "ubuntu" in system:
-        return "no chromium and chromedriver on PATH"
-    from gpufleet.lab.machine import install
+    from gpufleet.lab import machine, qemu
 
     try:
-        install(["chromium", "chromium-driver"])
+        if part is Part.vm:
+            qemu.ensure_packages()
+        elif not all(map(shutil.which, ("chromium", "chromedriver"))):
+            if "debian" not in system or "ubuntu" in system:
+                return "no chromium and chromedriver on PATH"
+            machine.install(["chromium", "chromium-driver"])
     except FleetError as error:
         return str(error)
     return None

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 from gpufleet.errors import FleetError
-from gpufleet.lab import network, trust
-from gpufleet.lab.machine import (
-    cgroup_root,
-    mounts_below,
-    remove_tree,
-    run,
-    unmount_below,
-)
+from gpufleet.lab import network
+from gpufleet.lab.gpu_double import recording
+from gpufleet.lab.host import STOP_SECONDS, LabHost, kernel_lines
+from gpufleet.lab.machine import mounts_below, remove_tree, run, unmount_below
 from gpufleet.lab.network import Subnet
 
 _PROPAGATED = Path("/run/systemd/nspawn/propagate")
-# An init that was asked to stop gets this long; 0.2 s is usual.
-_STOP_SECONDS = 10.0
 
 # The supervisor runs in one group, each boot in a new one, since nspawn divides it and a divided
 # group takes no process. A boot ends with its nspawn, even one that was killed (cgroup.kill is
@@ -42,6 +34,26 @@ while boot=$((boot + 1)); do
 done
 """
 
+# Containers share this machine's kernel: one that shall say it runs another has its uname diverted,
+# which upgrades of the package respect. $1 release.
+_DIVERT = r"""set -e
+for path in /bin/uname /usr/bin/uname; do
+    dpkg-query -S "$path" >/dev/null 2>&1 || continue
+    dpkg-divert --quiet --local --rename --divert "$path.machine" --add "$path"
+done
+cat > /usr/bin/uname <<END
+#!/bin/sh
+# Written by fleet lab up --kernel: the release of the kernel that this host says it runs.
+said=\$(/usr/bin/uname.machine "\$@") || exit
+real=\$(/usr/bin/uname.machine -r)
+case \$said in
+    *"\$real"*) printf '%s\n' "\${said%%"\$real"*}$1\${said#*"\$real"}";;
+    *) printf '%s\n' "\$said";;
+esac
+END
+chmod 755 /usr/bin/uname
+"""
+
 _NSPAWN_SETTINGS = {
     # Hosts see cgroup2 alone, as servers do, even where this machine mixes both versions.
     "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1",
@@ -50,19 +62,27 @@ _NSPAWN_SETTINGS = {
 }
 
 
-class Container:
-    """A host by its name and directory; it may run, be stopped, or not exist yet."""
+class Container(LabHost):
+    """A host that shares this machine's kernel."""
 
-    def __init__(self, name: str, directory: Path, subnet: Subnet, number: int) -> None:
-        self.name = name
-        self.directory = directory
-        self.subnet = subnet
-        self.number = number
-        self.address = subnet.address(number)
+    # It answers after 1 s; software emulation or a crowded machine needs much longer.
+    boot_seconds = 90.0
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        subnet: Subnet,
+        number: int,
+        *,
+        gpus: str | None = None,
+        kernel: str | None = None,
+    ) -> None:
+        """`gpus` names a recording of the GPU double, `kernel` the release that uname tells."""
+        super().__init__(name, directory, subnet, number)
         self.root = directory / "root"
-        self.console = directory / "console.log"
+        self._gpus, self._kernel = gpus, kernel
         self._disk = directory / "disk"
-        self._cgroup = cgroup_root() / f"gpufleet-{name}"
 
     @property
     def _files(self) -> Path:
@@ -74,14 +94,6 @@ class Container:
         """Where its apt keeps what it downloaded, seen in its upper layer."""
         return self._files / "var/cache/apt/archives"
 
-    @property
-    def running(self) -> bool:
-        """Whether any process of the host, or its supervisor, is alive."""
-        try:
-            return "populated 1" in (self._cgroup / "cgroup.events").read_text()
-        except FileNotFoundError:
-            return False
-
     def prepare(
         self,
         disk_mib: int | None,
@@ -89,10 +101,6 @@ class Container:
         authorized_key: str,
         seed: Mapping[str, Path],
     ) -> None:
-        """Lay down an empty disk and what differs from host to host, anew if it was half done.
-
-        `seed` are package archives by name that the host need not download.
-        """
         unmount_below(self.directory)
         remove_tree(self.directory)
         self._disk.mkdir(parents=True)
@@ -103,37 +111,18 @@ class Container:
                 file.truncate(disk_mib * 2**20)
             run("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", disk)
         self._mount_disk()
-        files = {
-            "etc/hostname": f"{self.name}\n",
-            "etc/hosts": f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {self.name}\n",
-            "etc/machine-id": f"{uuid.uuid4().hex}\n",
-            "etc/resolv.conf": "".join(f"nameserver {ip}\n" for ip in network.name_servers()),
-            "etc/environment": self._environment(),
-            "root/.ssh/authorized_keys": authorized_key,
-        }
-        options = trust.apt_options()
-        if options:
-            files["etc/apt/apt.conf.d/90operator"] = "".join(f"{option}\n" for option in options)
-        for path, text in files.items():
-            self._write(path, trust.seen_from_host(text, self.subnet.gateway))
-        self._write("etc/ssh/ssh_host_ed25519_key", host_key.read_text(), 0o600)
-        public = host_key.with_suffix(".pub").read_text()
-        self._write("etc/ssh/ssh_host_ed25519_key.pub", public)
+        for path, (text, mode) in self._own_files(host_key, authorized_key).items():
+            self._write(path, text, mode)
         (self._files / "root").chmod(0o700)
         (self._files / "root/.ssh").chmod(0o700)
+        if self._gpus is not None:
+            recording.lay(self._gpus, self._files)
         if disk_mib is None:
             self.archives.mkdir(parents=True)
             for name, archive in seed.items():
                 os.link(archive, self.archives / name)
 
-    def _environment(self) -> str:
-        variables = trust.proxy_variables()
-        if variables:
-            exempt = f"{variables.get('no_proxy', 'localhost,127.0.0.1')},{self.subnet.network}"
-            variables |= {"no_proxy": exempt, "NO_PROXY": exempt}
-        return "".join(f'{name}="{value}"\n' for name, value in variables.items())
-
-    def _write(self, path: str, text: str, mode: int = 0o644) -> None:
+    def _write(self, path: str, text: str, mode: int) -> None:
         target = self._files / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
@@ -157,16 +146,18 @@ class Container:
                 "(a container's own cannot): mount a disk at /var/lib/gpufleet, or give --disk-mib"
             ) from None
 
-    def start(self, image_root: Path) -> None:
+    def start(self, image: Path) -> None:
         """Mount, connect and boot; returns at once, while the host boots on."""
         self.clean()
-        if not image_root.is_dir():
+        if not image.is_dir():
             raise FleetError(
-                f"{self.name}: its image {image_root} is gone: `fleet lab down`, then up again"
+                f"{self.name}: its image {image} is gone: `fleet lab down`, then up again"
             )
         self._mount_disk()
         if not mounts_below(self.root):
-            self._mount_root(image_root)
+            self._mount_root(image)
+        if self._kernel is not None:
+            run("chroot", self.root, "sh", "-c", _DIVERT, "sh", self._kernel)
         network.make_host_network(self.name, self.subnet, self.number)
         (self._cgroup / "supervisor").mkdir(parents=True)
         self._delegate()
@@ -182,15 +173,11 @@ class Container:
                 env={"PATH": os.environ["PATH"], **_NSPAWN_SETTINGS},
                 check=True,
             )
-        deadline = time.monotonic() + _STOP_SECONDS
+        deadline = time.monotonic() + STOP_SECONDS
         while not self.running:
             if time.monotonic() > deadline:
                 raise FleetError(f"{self.name} did not start: {self.last_words()}")
             time.sleep(0.01)
-
-    def reconnect(self) -> None:
-        """Plug a running host into its bridge, which may have been made anew."""
-        network.connect_host(self.subnet, self.number)
 
     def _delegate(self) -> None:
         """Pass on to the host the controllers that this machine gives its groups."""
@@ -212,7 +199,7 @@ class Container:
 
     def stop(self) -> None:
         """Ask the host's init to power off, and kill what is left after a while."""
-        deadline = time.monotonic() + _STOP_SECONDS
+        deadline = time.monotonic() + STOP_SECONDS
         while (init := self._init()) is not None and time.monotonic() < deadline:
             # Asked again and again: an init that is still booting does not listen yet.
             self._ask_to_power_off(init)
@@ -239,76 +226,18 @@ class Container:
     def _init(self) -> int | None:
         """The process that is PID 1 in the host, by this machine's number."""
         for listed in self._cgroup.glob("boot-*/payload/**/cgroup.procs"):
-            for pid in _lines(listed):
-                status = _lines(Path("/proc", pid, "status"))
+            for pid in kernel_lines(listed):
+                status = kernel_lines(Path("/proc", pid, "status"))
                 if any(line.split()[2:] == ["1"] for line in status if line.startswith("NSpid:")):
                     return int(pid)
         return None
 
-    def _kill(self) -> None:
-        """End every process of the host's own control group, and no other."""
-        deadline = time.monotonic() + _STOP_SECONDS
-        while self.running:
-            if time.monotonic() > deadline:
-                raise FleetError(f"{self.name}: its processes do not end; see {self._cgroup}")
-            try:
-                (self._cgroup / "cgroup.kill").write_text("1")
-            except FileNotFoundError:  # Linux before 5.14
-                self._kill_each()
-            time.sleep(0.02)
-
-    def _kill_each(self) -> None:
-        for listed in self._cgroup.rglob("cgroup.procs"):
-            for pid in _lines(listed):
-                try:
-                    os.kill(int(pid), signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-
     def clean(self) -> None:
         """Remove what a run of the host leaves on this machine; its filesystem stays."""
-        self._remove_cgroup()
-        network.remove_host_network(self.name, self.subnet, self.number)
+        super().clean()
         propagated = _PROPAGATED / f"gpufleet-{self.name}"
         if propagated.exists():
             propagated.rmdir()
-
-    def _remove_cgroup(self) -> None:
-        while self._cgroup.exists():
-            self._kill()
-            try:
-                for group, _, _ in os.walk(self._cgroup, topdown=False):
-                    os.rmdir(group)
-            except OSError as error:
-                # A supervisor whose starter was killed may enter just now.
-                if error.errno != errno.EBUSY:
-                    raise
-
-    def remove(self) -> None:
-        """Stop the host and remove everything it has on this machine."""
-        self.stop()
-        self.clean()
-        unmount_below(self.directory)
-        remove_tree(self.directory)
-
-    def last_words(self) -> str:
-        """The last line of its console, for an error message."""
-        if not self.console.exists():
-            return "it never started"
-        lines = self.console.read_text(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else "its console is silent"
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a file of the kernel, none when what it told of has ended."""
-    try:
-        return path.read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    except OSError as error:
-        if error.errno == errno.ENODEV:  # a control group that was just removed
-            return []
-        raise
 
 
 def key_pair(path: Path, comment: str) -> None:

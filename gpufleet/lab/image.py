@@ -11,7 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +24,7 @@ from gpufleet.lab.machine import Progress, remove_tree, run, say_nothing
 from gpufleet.lab.sources import Release
 
 CACHE = Path("/var/cache/gpufleet")
-_IMAGES = CACHE / "images"
+IMAGES = CACHE / "images"
 _KEYRINGS = CACHE / "keyrings"
 
 # What an installer leaves on a server beside the essential packages: no curl, no rsync, no pip.
@@ -66,7 +66,7 @@ class Recipe:
     def directory(self) -> Path:
         """Where the image is kept once it is built."""
         digest = sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
-        return _IMAGES / f"{self.release.distribution}-{self.release.version}-{digest}"
+        return IMAGES / f"{self.release.distribution}-{self.release.version}-{digest}"
 
 
 def recipe(release: Release) -> Recipe:
@@ -81,33 +81,50 @@ def ensure(wanted: Recipe, in_use: Sequence[Path] = (), progress: Progress = say
     Older images of the same release are removed, save those `in_use`. FleetError in one line
     where the archive does not answer or a package cannot be installed.
     """
-    target = wanted.directory
-    if (target / "root").is_dir():
-        return target / "root"
-    with locked(_IMAGES, progress):
-        if (target / "root").is_dir():
-            return target / "root"
-        for leftover in _IMAGES.glob(".building-*"):
+    return kept(
+        wanted.directory,
+        "root",
+        lambda building: build(wanted, building, progress),
+        in_use,
+        progress,
+    )
+
+
+def kept(
+    target: Path,
+    product: str,
+    make: Callable[[Path], None],
+    in_use: Sequence[Path],
+    progress: Progress,
+) -> Path:
+    """`target`/`product`, which `make` puts into a directory that becomes `target` once whole.
+
+    `target` is called WHAT-DIGEST: others of the same WHAT are removed, save those `in_use`.
+    """
+    if (target / product).exists():
+        return target / product
+    with locked(IMAGES, progress):
+        if (target / product).exists():
+            return target / product
+        for leftover in IMAGES.glob(".building-*"):
             remove_tree(leftover)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=_IMAGES))
+        building = Path(tempfile.mkdtemp(prefix=".building-", dir=IMAGES))
         try:
             building.chmod(0o755)
-            _build(wanted, building, progress)
+            make(building)
             building.rename(target)
         except BaseException:
             remove_tree(building)
             raise
-        _prune(wanted.release, keep=[target, *(root.parent for root in in_use)])
-    return target / "root"
+        keep = {target, *(each.parent for each in in_use)}
+        for old in IMAGES.glob(f"{target.name.rpartition('-')[0]}-*"):
+            if old.is_dir() and old not in keep:
+                remove_tree(old)
+    return target / product
 
 
-def _prune(release: Release, keep: Iterable[Path]) -> None:
-    for old in _IMAGES.glob(f"{release.distribution}-{release.version}-*"):
-        if old.is_dir() and old not in set(keep):
-            remove_tree(old)
-
-
-def _build(wanted: Recipe, building: Path, progress: Progress) -> None:
+def build(wanted: Recipe, building: Path, progress: Progress) -> None:
+    """Make the image of `wanted` as `building`/root."""
     release, root = wanted.release, building / "root"
     certificates = building / "certificates"
     certificates.mkdir()
@@ -139,7 +156,7 @@ def _build(wanted: Recipe, building: Path, progress: Progress) -> None:
         keyring = _keyring(release, progress)
         command += [f"--components={sections}", f"--keyring={keyring}"]
         command += [release.codename, str(root)]
-    log = _IMAGES / f"{release.distribution}-{release.version}.log"
+    log = IMAGES / f"{release.distribution}-{release.version}.log"
     _mmdebstrap(command, release, log, progress)
     _finish(wanted, root)
     shutil.rmtree(certificates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -17,19 +18,23 @@ from pathlib import Path
 from typing import TypeVar
 
 from gpufleet.errors import FleetError, UsageError
+from gpufleet.lab import disk as disks
 from gpufleet.lab import image as images
-from gpufleet.lab import machine, network, sources, state
+from gpufleet.lab import machine, network, qemu, sources, state
 from gpufleet.lab.container import Container, key_pair
+from gpufleet.lab.gpu_double import recording
+from gpufleet.lab.host import LabHost
 from gpufleet.lab.locks import locked
 from gpufleet.lab.machine import Progress, say_nothing
+from gpufleet.lab.pci import Device
 from gpufleet.lab.state import STATE, HostRecord, LabRecord
+from gpufleet.lab.vm import VirtualMachine
 
 DEFAULT_NAME = "lab"
 DEFAULT_IMAGE = "debian:12"
-# A container answers after 1 s; software emulation or a crowded machine needs much longer.
-_BOOT_SECONDS = 90.0
 # ext4 and a booted host's own files need about this much.
 _LEAST_DISK_MIB = 64
+_RELEASE = re.compile(r"[0-9]+\.[0-9]+[A-Za-z0-9.+~_-]*")
 
 _Result = TypeVar("_Result")
 
@@ -52,6 +57,7 @@ class Lab:
     subnet: str
     hosts: tuple[Host, ...]
     directory: Path
+    vm: bool = False
 
     @property
     def key(self) -> Path:
@@ -98,19 +104,22 @@ class Lab:
         )
 
     def root(self, host: str | Host) -> Path:
-        """The filesystem of `host` as this machine sees it, running or not."""
+        """The filesystem of the container `host` as this machine sees it, running or not."""
         return self.directory / "hosts" / self.host(host).name / "root"
 
 
-def _container(lab: LabRecord, host: HostRecord) -> Container:
+def _host(lab: LabRecord, host: HostRecord) -> LabHost:
     name = lab.host_name(host)
-    return Container(name, lab.directory / "hosts" / name, lab.subnet, host.number)
+    directory = lab.directory / "hosts" / name
+    if lab.vm:
+        return VirtualMachine(name, directory, lab.subnet, host.number, lab.pci)
+    return Container(name, directory, lab.subnet, host.number, gpus=host.gpus, kernel=host.kernel)
 
 
 def _look(lab: LabRecord) -> Lab:
-    containers = [_container(lab, host) for host in lab.hosts]
-    hosts = tuple(Host(each.name, str(each.address), each.running) for each in containers)
-    return Lab(lab.name, lab.image, lab.network, hosts, lab.directory)
+    made = [_host(lab, host) for host in lab.hosts]
+    hosts = tuple(Host(each.name, str(each.address), each.running) for each in made)
+    return Lab(lab.name, lab.image, lab.network, hosts, lab.directory, lab.vm)
 
 
 def load(name: str = DEFAULT_NAME) -> Lab:
@@ -132,15 +141,23 @@ def up(
     hosts: int = 2,
     image: str | None = None,
     *,
+    vm: bool = False,
+    pci: Sequence[str] = (),
     disk_mib: int | None = None,
+    gpus: Sequence[str] = (),
+    kernel: str | None = None,
     progress: Progress = say_nothing,
 ) -> Lab:
     """Bring the lab called `name` up to at least `hosts` hosts that answer SSH.
 
     What runs is left alone, what died is booted again on its own filesystem, what is half-made
     is completed. `image` is as in ``debian:12``; by default what the lab has, or debian:12.
-    New hosts get a filesystem of `disk_mib` MiB, by default all of this machine's. UsageError
-    for arguments that cannot be met, FleetError where this machine cannot have a lab.
+    New hosts get a filesystem of `disk_mib` MiB, by default all of this machine's. The hosts of
+    a new lab are virtual machines where `vm` says so, each with the
+    devices `pci`, such as ``10de:20b5:0302``; a lab stays what it is. New containers show what
+    the recordings `gpus` of the GPU double have, host by host in turn, and say that they run the
+    kernel of the release `kernel`. UsageError for arguments
+    that cannot be met, FleetError where this machine cannot have a lab.
     """
     existing = state.load(name)
     wanted = sources.release(image or (existing.image if existing else DEFAULT_IMAGE))
@@ -149,19 +166,50 @@ def up(
             f"lab {name} runs {existing.image}, not {wanted.name}: "
             f"`fleet lab down --name {name}` first, or give another --name"
         )
+    if existing and vm and not existing.vm:
+        raise UsageError(
+            f"lab {name} runs containers: "
+            f"`fleet lab down --name {name}` first, or give another --name"
+        )
+    vm = existing.vm if existing else vm
+    if pci and not vm:
+        raise UsageError("only virtual machines have PCI devices of their own: give --vm too")
+    if (gpus or kernel) and vm:
+        raise UsageError(
+            "a virtual machine has a kernel of its own and no GPU double: leave --gpus and "
+            "--kernel out, and give --pci for devices on its bus"
+        )
+    for each in gpus:
+        recording.load(each)
+    if kernel is not None and not _RELEASE.fullmatch(kernel):
+        raise UsageError(f"--kernel {kernel}: no kernel release, such as 6.1.0-50-amd64")
+    try:
+        list(map(Device.parse, pci))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if existing and pci and existing.pci != tuple(pci):
+        raise UsageError(
+            f"lab {name} has other PCI devices: "
+            f"`fleet lab down --name {name}` first, or give another --name"
+        )
     if not 1 <= hosts <= network.MOST_HOSTS:
         raise UsageError(f"a lab has 1 to {network.MOST_HOSTS} hosts, not {hosts}")
     if disk_mib is not None and disk_mib < _LEAST_DISK_MIB:
         raise UsageError(f"a host's disk has at least {_LEAST_DISK_MIB} MiB, not {disk_mib}")
+    if disk_mib is not None and vm:
+        raise UsageError(f"a virtual machine's disk has {disks.DISK_MIB} MiB: leave --disk-mib out")
     machine.require_root()
     machine.ensure_packages(wanted, progress)
+    if vm:
+        qemu.ensure_packages(progress)
     machine.require_kernel()
-    root = Path(existing.image_root) if existing else _image(wanted, progress)
+    root = Path(existing.image_root) if existing else _image(wanted, vm, progress)
     with locked(state.lab_directory(name), progress):
-        lab = state.load(name) or _found(name, wanted, root)
+        lab = state.load(name) or _found(name, wanted, root, vm, tuple(pci))
         # A smaller number takes no host away: that is what `down` is for.
         for number in range(len(lab.hosts) + 1, hosts + 1):
-            lab = lab.with_host(HostRecord(number, disk_mib))
+            shown = gpus[(number - 1) % len(gpus)] if gpus else None
+            lab = lab.with_host(HostRecord(number, disk_mib, gpus=shown, kernel=kernel))
         state.save(lab)
         network.change_machine()
         network.ensure_bridge(lab.name, lab.subnet)
@@ -170,12 +218,16 @@ def up(
         return _look(lab)
 
 
-def _image(wanted: sources.Release, progress: Progress) -> Path:
+def _image(wanted: sources.Release, vm: bool, progress: Progress) -> Path:
     in_use = [Path(lab.image_root) for lab in map(state.load, state.names()) if lab]
+    if vm:
+        return disks.ensure(disks.recipe(wanted), in_use, progress)
     return images.ensure(images.recipe(wanted), in_use, progress)
 
 
-def _found(name: str, wanted: sources.Release, root: Path) -> LabRecord:
+def _found(
+    name: str, wanted: sources.Release, root: Path, vm: bool, pci: tuple[str, ...]
+) -> LabRecord:
     """A new lab with a network of its own, written down before any of it exists."""
     with locked(STATE):
         others = [lab for lab in map(state.load, state.names()) if lab]
@@ -184,7 +236,7 @@ def _found(name: str, wanted: sources.Release, root: Path) -> LabRecord:
             state.write_whole(before, json.dumps(network.machine_settings()) + "\n")
         taken = network.networks_in_use() + [IPv4Network(lab.network) for lab in others]
         subnet = network.free_subnet(taken)
-        lab = LabRecord(name, wanted.name, str(root), str(subnet.network))
+        lab = LabRecord(name, wanted.name, str(root), str(subnet.network), vm, pci)
         state.save(lab)
     return lab
 
@@ -201,20 +253,20 @@ def _prepare_hosts(lab: LabRecord, progress: Progress) -> LabRecord:
     seed = {path.name: path for path in _archives(lab).glob("*.deb")}
 
     def prepare(host: HostRecord) -> HostRecord:
-        container = _container(lab, host)
-        host_key = keys / container.name
-        key_pair(host_key, f"root@{container.name}")
-        container.remove()
-        container.prepare(host.disk_mib, host_key, authorized, seed)
+        made = _host(lab, host)
+        host_key = keys / made.name
+        key_pair(host_key, f"root@{made.name}")
+        made.remove()
+        made.prepare(host.disk_mib, host_key, authorized, seed)
         return replace(host, prepared=True)
 
     for host in _in_parallel(prepare, new, progress, "preparing"):
         lab = lab.with_host(host)
     known = []
     for host in lab.hosts:
-        container = _container(lab, host)
-        public = keys.joinpath(f"{container.name}.pub").read_text().split()
-        known.append(f"{container.name},{container.address} {public[0]} {public[1]}\n")
+        made = _host(lab, host)
+        public = keys.joinpath(f"{made.name}.pub").read_text().split()
+        known.append(f"{made.name},{made.address} {public[0]} {public[1]}\n")
     state.write_whole(lab.directory / "known_hosts", "".join(known))
     state.save(lab)
     return lab
@@ -226,35 +278,34 @@ def _boot_hosts(lab: LabRecord, progress: Progress) -> None:
     seen = _look(lab)
 
     def boot(host: HostRecord) -> None:
-        container = _container(lab, host)
-        if container.running:
-            container.reconnect()
+        made = _host(lab, host)
+        if made.running:
+            made.reconnect()
         else:
-            container.start(Path(lab.image_root))
-        _await_login(seen, container, given_up)
+            made.start(Path(lab.image_root))
+        _await_login(seen, made, given_up)
 
     doing = "checking" if all(host.running for host in seen.hosts) else "booting"
     _in_parallel(boot, lab.hosts, progress, doing, given_up)
 
 
-def _await_login(lab: Lab, container: Container, given_up: threading.Event) -> None:
-    deadline = time.monotonic() + _BOOT_SECONDS
+def _await_login(lab: Lab, host: LabHost, given_up: threading.Event) -> None:
+    deadline = time.monotonic() + host.boot_seconds
     complaint = "SSH does not answer"
     while not given_up.is_set():
-        if not container.running:
+        if not host.running:
             raise FleetError(
-                f"{container.name} stopped while booting: {container.last_words()}; "
-                f"see {container.console}"
+                f"{host.name} stopped while booting: {host.last_words()}; see {host.console}"
             )
-        if _greets(str(container.address)):
-            login = lab.run(container.name, "true", timeout=30)
+        if _greets(str(host.address)):
+            login = lab.run(host.name, "true", timeout=30)
             if login.returncode == 0:
                 return
             complaint = login.stderr.strip().rpartition("\n")[2] or complaint
         if time.monotonic() > deadline:
             raise FleetError(
-                f"{container.name} did not let us in within {_BOOT_SECONDS:.0f} s ({complaint}); "
-                f"see {container.console}"
+                f"{host.name} did not let us in within {host.boot_seconds:.0f} s ({complaint}); "
+                f"see {host.console}"
             )
         time.sleep(0.05)
 
@@ -309,7 +360,7 @@ def down(name: str = DEFAULT_NAME, *, progress: Progress = say_nothing) -> bool:
             if lab:
                 _keep_archives(lab)
                 _in_parallel(
-                    lambda host: _container(lab, host).remove(), lab.hosts, progress, "stopping"
+                    lambda host: _host(lab, host).remove(), lab.hosts, progress, "stopping"
                 )
                 network.remove_bridge(lab.name, lab.subnet)
             machine.remove_tree(directory)
@@ -344,9 +395,10 @@ def _keep_archives(lab: LabRecord) -> None:
     cache = _archives(lab)
     cache.mkdir(parents=True, exist_ok=True)
     for host in lab.hosts:
-        if host.disk_mib is not None:
+        archives = _host(lab, host).archives
+        if host.disk_mib is not None or archives is None:
             continue  # a filesystem of its own: nothing to link from
-        for archive in _container(lab, host).archives.glob("*.deb"):
+        for archive in archives.glob("*.deb"):
             kept = cache / archive.name
             if archive.is_file() and not archive.is_symlink() and not kept.exists():
                 os.link(archive, kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gpufleet.errors import FleetError
@@ -120,13 +120,19 @@ def ensure_packages(image: sources.Release, progress: Progress = say_nothing) ->
     Needs root on Debian or Ubuntu. FleetError with apt's own last line where it cannot.
     """
     require_root()
-    missing = {package for command, package in _COMMANDS.items() if not shutil.which(command)}
+    missing = set(which_missing(_COMMANDS))
     if image.distribution == "debian" and not Path(image.keyring).exists():
         missing.add("debian-archive-keyring")
     if image.distribution == "ubuntu" and not Path("/usr/share/distro-info/ubuntu.csv").exists():
         missing.add("distro-info-data")  # mmdebstrap knows Ubuntu's releases from it
     if missing:
         install(sorted(missing), progress)
+    return sorted(missing)
+
+
+def which_missing(commands: Mapping[str, str]) -> list[str]:
+    """The packages of those `commands` (command -> package) that are not on PATH."""
+    missing = {package for command, package in commands.items() if not shutil.which(command)}
     return sorted(missing)
 
 

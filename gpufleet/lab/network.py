@@ -17,6 +17,9 @@ _RANGES = tuple(map(IPv4Network, ("10.213.0.0/16", "172.29.0.0/16", "192.168.0.0
 _NETNS = Path("/run/netns")
 _FIREWALL = ("ip", "filter", "FORWARD")
 _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+# All systemds of a lab are this machine's root, and take about 7 each; 128 are usual.
+_WATCHERS = Path("/proc/sys/fs/inotify/max_user_instances")
+_ENOUGH_WATCHERS = 8192
 #: Hosts of a lab are numbered from 1; their addresses end in 10 + number.
 MOST_HOSTS = 240
 
@@ -99,12 +102,12 @@ def name_servers() -> list[str]:
 def _mtu() -> int:
     """The MTU towards the outside, which hosts must not exceed; 1500 where there is no route."""
     for route in json.loads(run("ip", "-j", "-4", "route", "show", "default") or "[]"):
-        if mtu := _link_mtu(route.get("dev", "")):
+        if mtu := link_mtu(route.get("dev", "")):
             return mtu
     return 1500
 
 
-def _link_mtu(link: str) -> int | None:
+def link_mtu(link: str) -> int | None:
     """The MTU of `link`, or None where there is no such link."""
     for each in json.loads(run("ip", "-j", "link", "show") or "[]"):
         if each["ifname"] == link:
@@ -113,7 +116,7 @@ def _link_mtu(link: str) -> int | None:
 
 
 def _exists(link: str) -> bool:
-    return _link_mtu(link) is not None
+    return link_mtu(link) is not None
 
 
 def ensure_bridge(lab: str, subnet: Subnet) -> None:
@@ -196,7 +199,7 @@ def namespace(host: str) -> Path:
 def make_host_network(host: str, subnet: Subnet, number: int) -> None:
     """A namespace of its own for `host`, with an eth0 that is on the bridge."""
     inside, link = namespace(host).name, subnet.link(number)
-    mtu = str(_link_mtu(subnet.bridge) or 1500)
+    mtu = str(link_mtu(subnet.bridge) or 1500)
     run("ip", "netns", "add", inside)
     veth = ("type", "veth", "peer", "name", "eth0", "mtu", mtu, "netns", inside)
     run("ip", "link", "add", link, "mtu", mtu, *veth)
@@ -212,13 +215,26 @@ def make_host_network(host: str, subnet: Subnet, number: int) -> None:
     )
 
 
+def make_host_tap(subnet: Subnet, number: int) -> None:
+    """The cable of a virtual machine: a tap device on the bridge, which QEMU opens."""
+    link = subnet.link(number)
+    run("ip", "tuntap", "add", link, "mode", "tap")
+    run("ip", "link", "set", link, "mtu", str(link_mtu(subnet.bridge) or 1500))
+    connect_host(subnet, number)
+
+
+def hardware_address(address: IPv4Address) -> str:
+    """A MAC as unique as `address`, of those that anyone may give (IEEE 802, local bit set)."""
+    return ":".join(f"{octet:02x}" for octet in (0x52, 0x54, *address.packed))
+
+
 def connect_host(subnet: Subnet, number: int) -> None:
     """Plug the operator's end of host `number`'s cable into the bridge."""
     run("ip", "link", "set", subnet.link(number), "master", subnet.bridge, "up")
 
 
 def remove_host_network(host: str, subnet: Subnet, number: int) -> None:
-    """Undo `make_host_network`, as far as it got."""
+    """Undo `make_host_network` or `make_host_tap`, as far as it got."""
     if _exists(subnet.link(number)):
         run("ip", "link", "delete", subnet.link(number))
     if namespace(host).exists():
@@ -230,19 +246,24 @@ def machine_settings() -> dict[str, object]:
     return {
         "ip_forward": _FORWARD.read_text().strip(),
         "netns_mounted": _netns_mounted(),
+        "inotify_instances": _WATCHERS.read_text().strip(),
     }
 
 
 def change_machine() -> None:
-    """Let this machine forward packets, which the hosts' way out needs."""
+    """Let this machine forward packets, which the hosts' way out needs, and let it watch as many
+    files as many systemds do."""
     if _FORWARD.read_text().strip() != "1":
         _FORWARD.write_text("1\n")
+    if int(_WATCHERS.read_text()) < _ENOUGH_WATCHERS:
+        _WATCHERS.write_text(f"{_ENOUGH_WATCHERS}\n")
 
 
 def restore_machine(before: dict[str, object]) -> None:
     """Put back what `machine_settings` saw, once no lab is left."""
     if before["ip_forward"] == "0":
         _FORWARD.write_text("0\n")
+    _WATCHERS.write_text(f"{before['inotify_instances']}\n")
     # `ip netns` mounts its directory on itself when first used, and leaves it so.
     if not before["netns_mounted"] and _netns_mounted() and not any(_NETNS.iterdir()):
         run("umount", _NETNS)

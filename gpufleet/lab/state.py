@@ -24,6 +24,10 @@ class HostRecord:
     number: int
     disk_mib: int | None = None
     prepared: bool = False
+    #: The recording that its GPU double replays.
+    gpus: str | None = None
+    #: The release of the kernel that it says it runs.
+    kernel: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class LabRecord:
     image: str
     image_root: str
     network: str
+    #: Virtual machines instead of containers; `image_root` is then their base disk.
+    vm: bool = False
+    #: PCI devices that each virtual machine has besides, as in ``10de:20b5:0302``.
+    pci: tuple[str, ...] = ()
     hosts: tuple[HostRecord, ...] = ()
 
     @property
@@ -94,6 +102,7 @@ def load(name: str) -> LabRecord | None:
                 "take the lab down with the gpufleet that made it"
             )
         document["hosts"] = tuple(HostRecord(**host) for host in document["hosts"])
+        document["pci"] = tuple(document.get("pci", ()))
         return LabRecord(**document)
     except FileNotFoundError:
         return None

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gpufleet.catalog import Model
+from gpufleet.catalog import Drivers, Model
 from gpufleet.demo.plan import UNIT
+from gpufleet.driver.heal import look
+from gpufleet.driver.picture import GpuPicture
+from gpufleet.driver.plan import Refusal
+from gpufleet.kernel.picture import KernelPicture
 from gpufleet.settings import Settings
 
 #: Systems whose packages and paths the tasks know: (os-release ID, VERSION_ID).
@@ -65,12 +69,29 @@ def parse(lines: Iterable[str]) -> HostPicture:
     )
 
 
+def driver_findings(
+    settings: Settings, kernels: KernelPicture, gpus: GpuPicture, drivers: Drivers
+) -> list[str]:
+    """All that keeps the run from giving this host's GPUs their driver."""
+    at = look(settings, drivers, kernels, gpus)
+    return list(at.findings if isinstance(at, Refusal) else at.decision.refusals)
+
+
 def findings(
-    settings: Settings, name: str, model: Model, picture: HostPicture, python: str
+    settings: Settings,
+    name: str,
+    model: Model,
+    picture: HostPicture,
+    python: str,
+    *,
+    environment: bool = True,
+    driver: Iterable[str] | None = None,
 ) -> list[str]:
     """All that keeps this host from serving this model; each says what and what to do.
 
     `python` is the interpreter's name that the environment's lock is for, such as python3.11.
+    `environment`: whether the run makes the environment. `driver` is what `driver_findings` says
+    where the run brings the driver; None: it must be there already.
     """
     found: list[str] = []
     if picture.uid != 0:
@@ -82,7 +103,7 @@ def findings(
         found.append(f"architecture {picture.arch} is not supported: use x86_64")
     if picture.init != "systemd":
         found.append(f"init is {picture.init}, not systemd: the demo runs as a systemd service")
-    if picture.python is None:
+    if picture.python is None and environment:
         found.append(f"no {python}: the environment is locked for it; install it or use debian 12")
     needed = model.needs
     if picture.memory_kib < needed.memory_mib * 1024:
@@ -104,14 +125,19 @@ def findings(
             f"port {settings.demo.port} is in use by {picture.port_taken_by}: "
             "stop it or set demo.port"
         )
-    found.extend(_accelerator(settings, name, model, picture))
+    found.extend(_accelerator(settings, name, model, picture, environment, driver))
     return found
 
 
 def _accelerator(
-    settings: Settings, name: str, model: Model, picture: HostPicture
+    settings: Settings,
+    name: str,
+    model: Model,
+    picture: HostPicture,
+    environment: bool,
+    driver: Iterable[str] | None,
 ) -> Iterable[str]:
-    if settings.accelerator not in model.accelerators:
+    if settings.accelerator not in model.accelerators and environment:
         yield (
             f"model {name} does not run on accelerator {settings.accelerator}: "
             f"set accelerator to {' or '.join(model.accelerators)}"
@@ -119,5 +145,7 @@ def _accelerator(
     if settings.accelerator == "cuda":
         if not picture.gpus:
             yield "no NVIDIA GPU on the PCI bus: set accelerator to cpu, or check the host"
+        elif driver is not None:
+            yield from driver
         elif not picture.driver:
             yield "the NVIDIA driver does not answer: install it and reboot, nvidia-smi must work"

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
+
+from gpufleet.run.rolling import Batch, Member
+from gpufleet.run.rolling import read as read_member
 
 #: Environment variable that holds the file descriptor to write events to.
 ENV = "GPUFLEET_EVENTS"
@@ -22,6 +25,7 @@ Kind = Literal[
     "failed",  # an operation, or the host outside of one; message: its output, a line each
     "finding",  # something that keeps the host from taking the deploy
     "pending",  # a dry run: this operation would change something
+    "member",  # the run is a rolling one; message: the host's rolling.Member as JSON
 ]
 
 
@@ -81,7 +85,14 @@ class Concern:
 
 
 HostState = Literal[
-    "connecting", "preparing", "running", "done", "failed", "unreachable", "stopped"
+    "connecting",
+    "preparing",
+    "running",
+    "done",
+    "failed",
+    "unreachable",
+    "stopped",
+    "untouched",  # a rolling apply has not come to it yet, or never will
 ]
 
 
@@ -102,10 +113,12 @@ class Host:
     pending: list[tuple[str, str]] = field(default_factory=list)
     """Of a dry run: (concern, operation)."""
     target: dict[str, Any] = field(default_factory=dict)
+    member: Member | None = None
+    """Of a rolling run."""
 
     @property
     def ok(self) -> bool:
-        return self.state not in ("failed", "unreachable", "stopped")
+        return self.state not in ("failed", "unreachable", "stopped", "untouched")
 
     @property
     def changed(self) -> int:
@@ -119,6 +132,8 @@ class Picture:
 
     hosts: dict[str, Host] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    order: list[Batch] = field(default_factory=list)
+    """The batches that a rolling apply has begun."""
 
     def fold(self, event: Event) -> None:
         """Take one event in."""
@@ -128,6 +143,8 @@ class Picture:
         host = self.hosts.setdefault(event.host, Host(event.host, since=event.at))
         if event.kind == "host":
             host.target = json.loads(event.message or "{}")
+        elif event.kind == "member":
+            host.member = read_member(event.message)
         elif event.kind == "finding":
             host.findings.append(event.message)
             host.state = "failed"
@@ -169,9 +186,29 @@ class Picture:
         if event.concern:
             concern.state = "failed"
 
-    def close(self, complete: bool = True) -> None:
-        """The run is over, if not `complete` before its end: end every concern and host."""
+    @property
+    def members(self) -> list[Member]:
+        """The hosts of a rolling run; empty if it is none."""
+        return [host.member for host in self.hosts.values() if host.member]
+
+    def wait(self) -> None:
+        """A rolling apply begins: no host has its turn yet."""
         for host in self.hosts.values():
+            if host.ok:
+                host.state = "untouched"
+
+    def begin(self, batch: Batch) -> None:
+        """It is the turn of these hosts."""
+        self.order.append(batch)
+        for name in batch.hosts:
+            self.hosts[name].state, self.hosts[name].since = "connecting", time.time()
+
+    def close(self, complete: bool = True, names: Container[str] | None = None) -> None:
+        """The run is over, if not `complete` before its end: end every concern and host, or
+        those of the hosts named."""
+        for host in self.hosts.values():
+            if names is not None and host.name not in names:
+                continue
             for concern in host.concerns.values():
                 if not concern.ended:
                     concern.state = "ok" if complete and host.ok else "stopped"

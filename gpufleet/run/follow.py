@@ -15,15 +15,19 @@ from dataclasses import asdict
 from typing import Any
 
 import gevent
+from paramiko import SSHException
 from pyinfra import logger
 from pyinfra.api import Host, State
+from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.state import BaseStateCallback
 from pyinfra.connectors.util import CommandOutput
 from pyinfra.context import ctx_host, ctx_state
 
-from gpufleet.run import inventory
+from gpufleet.run import inventory, only, rolling
 from gpufleet.run.events import emit
-from gpufleet.run.pyinfra import DRY_ENV, LIMIT_ENV, PARENT_ENV
+from gpufleet.run.pyinfra import BATCH_ENV, DRY_ENV, LIMIT_ENV, PARENT_ENV
+from gpufleet.settings import Settings, parse
+from gpufleet.shell import script
 
 ANSI = re.compile(r"\x1b\[[0-9;]*[a-zA-Z]")
 
@@ -32,6 +36,10 @@ ANSI = re.compile(r"\x1b\[[0-9;]*[a-zA-Z]")
 _logged: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=2000))
 _started: dict[tuple[str, str], float] = {}
 _failed: set[str] = set()
+#: Said of a host whose connection broke; advice knows it.
+_DROPPED = "Server connection dropped"
+#: Settings of the hosts whose kind is to be asked: of none unless the run is a rolling one.
+_to_ask: dict[str, Settings] = {}
 
 
 def follow() -> None:
@@ -44,6 +52,9 @@ def follow() -> None:
         # State.init is the first moment that knows all hosts and takes callbacks, and the last
         # one before any connection.
         init(*args, **kwargs)
+        if batch := _lines(BATCH_ENV):
+            # By name alone: --limit would take a group of that name too.
+            state.limit_hosts = [host for host in state.inventory if host.name in batch]
         state.add_callback_handler(Watcher())
         logger.addHandler(_Collector(logging.WARNING))
         _announce(state)
@@ -67,7 +78,11 @@ def _die_with_parent() -> None:
 
 def _announce(state: State) -> None:
     """Report the hosts of this run; stop it if the inventory, a setting or --limit is invalid."""
-    problems = inventory.empty(state.inventory) or inventory.unmatched(state.inventory, _limit())
+    problems = inventory.empty(state.inventory) or inventory.unmatched(
+        state.inventory, _lines(LIMIT_ENV)
+    )
+    gone = set(_lines(BATCH_ENV)) - {host.name for host in state.inventory}
+    problems += [f"{name}: the inventory has it no more; apply again" for name in sorted(gone)]
     for host in inventory.hosts(state):
         target, wrong = inventory.check_host(host)
         problems += wrong
@@ -76,11 +91,41 @@ def _announce(state: State) -> None:
         emit("refused", message=problem)
     if problems:
         raise SystemExit(2)
+    if not _lines(BATCH_ENV):
+        _survey(state)
 
 
-def _limit() -> list[str]:
-    """The --limit patterns that the fleet command passed on."""
-    return [pattern for pattern in os.environ.get(LIMIT_ENV, "").split("\n") if pattern]
+def _lines(variable: str) -> list[str]:
+    """The lines of an environment variable that the fleet command has set."""
+    return [line for line in os.environ.get(variable, "").split("\n") if line]
+
+
+def _survey(state: State) -> None:
+    """Find out whether these hosts are applied to in batches.
+
+    If so, the kind of each is asked when it is connected, and an apply does no more this time
+    than preflight: the fleet command starts it again for every batch.
+    """
+    chosen = {host.name: parse(host.data.dict(), host.name) for host in inventory.hosts(state)}
+    if rolling.in_effect(list(chosen.values())):
+        _to_ask.update(chosen)
+        if not os.environ.get(DRY_ENV):
+            os.environ[only.ENV] = only.ALWAYS
+
+
+def _ask_kind(host: Host) -> None:
+    """Report a host of a rolling run."""
+    settings = _to_ask.pop(host.name, None)
+    if settings is None:
+        return
+    try:
+        _, said = host.run_shell_command(script(rolling.SCRIPT), _timeout=60)
+        kind = rolling.parse(said.stdout_lines)
+    except (OSError, EOFError, PyinfraError, SSHException):
+        # Preflight asks it next, and says what is wrong.
+        kind = rolling.Kind()
+    member = rolling.Member(host.name, kind, settings.rolling.canary, settings.rolling.batch)
+    emit("member", host.name, message=member.dump())
 
 
 class _Collector(logging.Handler):
@@ -108,6 +153,7 @@ class Watcher(BaseStateCallback):
     @staticmethod
     def host_connect(state: State, host: Host) -> None:
         emit("connected", host.name)
+        _ask_kind(host)
 
     @staticmethod
     def host_connect_error(state: State, host: Host, error: Exception) -> None:
@@ -156,7 +202,16 @@ def _report(state: State, host: Host, op_hash: str, seconds: float) -> None:
         emit("finished", host.name, changed=data.operation_meta.did_change(), **fields)
     else:
         _failed.add(host.name)
-        emit("failed", host.name, message="\n".join(_logged[host.name]), **fields)
+        # A command that was cut off has said nothing of why.
+        said = [_DROPPED] if _is_gone(host) else _logged[host.name]
+        emit("failed", host.name, message="\n".join(said), **fields)
+
+
+def _is_gone(host: Host) -> bool:
+    """Whether the connection to a host broke; pyinfra takes that for a command that failed."""
+    client = getattr(host.connector, "client", None)
+    transport = client.get_transport() if client is not None else None
+    return transport is not None and not transport.is_active()
 
 
 def _report_pending(state: State, host: Host) -> None:

@@ -17,15 +17,17 @@ from typing import IO, Any, Literal
 
 from gpufleet import ROOT
 from gpufleet.errors import UsageError
-from gpufleet.run import advice, events, only
+from gpufleet.run import advice, events, only, rolling
 from gpufleet.run.events import Host, Picture
 from gpufleet.run.inventory import check_file, group_data, split
+from gpufleet.run.rolling import Batch, Member
 from gpufleet.run.state import lock, open_log
 from gpufleet.run.targets import Target
 
 #: Read by gpufleet.run.follow in pyinfra's process: our process id, the --limit patterns (a line
-#: each), whether it is a dry run.
+#: each), whether it is a dry run, and the hosts of this batch (a line each; none before the first).
 PARENT_ENV, LIMIT_ENV, DRY_ENV = "GPUFLEET_PARENT", "GPUFLEET_LIMIT", "GPUFLEET_DRY"
+BATCH_ENV = "GPUFLEET_BATCH"
 
 #: As a shell reports a command that Ctrl-C ended.
 INTERRUPTED = 130
@@ -39,7 +41,11 @@ Watch = Callable[[Picture], None]
 
 @dataclass(frozen=True)
 class Result:
-    """How a run went. `errors` are whole lines, one a problem; they name host and concern."""
+    """How a run went. `errors` are whole lines, one a problem; they name host and concern.
+
+    `order` are the batches that a rolling apply went in, or would go in if it is a plan; empty
+    where all hosts go at once.
+    """
 
     command: Literal["apply", "plan"]
     inventory: str
@@ -49,11 +55,17 @@ class Result:
     seconds: float
     log: Path
     interrupted: bool = False
+    order: tuple[Batch, ...] = ()
 
     @property
     def failed(self) -> list[str]:
         """Names of the hosts that failed by themselves."""
         return [host.name for host in self.hosts if host.state in ("failed", "unreachable")]
+
+    @property
+    def untouched(self) -> list[str]:
+        """Names of the hosts that a rolling apply did not come to."""
+        return [host.name for host in self.hosts if host.state == "untouched"]
 
     @property
     def changed(self) -> int:
@@ -80,7 +92,8 @@ def plan(inventory: Path, **options: Any) -> Result:
 
 @dataclass
 class Run:
-    """One run of pyinfra.
+    """One run of pyinfra, or where hosts are rolled over (`rolling.in_effect`): one that changes
+    nothing, for preflight and every host's kind, and then one a batch.
 
     `limit` are names and groups of hosts, `only` names of concerns, `watch` is called with the
     picture after every event and every TICK, `output` gets pyinfra's own output too.
@@ -97,20 +110,25 @@ class Run:
     picture: Picture = field(default_factory=Picture)
     _tail: deque[str] = field(default_factory=lambda: deque(maxlen=200))
     _interrupts: int = 0
+    _child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> Result:
         check_file(self.inventory)
-        limit = split(self.limit)
-        chosen = only.check(self.only)
+        only.check(self.only)
         started = time.monotonic()
         path, log = open_log(self.command, self.inventory.stem)
-        with log:
-            code = self._follow(self._arguments(limit), self._environment(limit, chosen), log)
-        aborted = advice.abort(list(self._tail)) if code else None
-        whole = code in (0, 1) and aborted is None and not self._interrupts
-        self.picture.close(complete=whole)
+        with log, _OnInterrupt(self):
+            ended = self._start(log)
+            members = self.picture.members
+            if self.command == "apply" and members and ended.whole:
+                ended = self._roll(members, ended, log)
+            else:
+                self.picture.close(complete=ended.whole)
         self.watch(self.picture)
-        errors, exit_code = self._judge(code, aborted)
+        errors, exit_code = self._judge(ended)
+        order = self.picture.order
+        if self.command == "plan" and ended.whole:
+            order = rolling.batches(members)
         return Result(
             command=self.command,
             inventory=str(self.inventory),
@@ -120,26 +138,51 @@ class Run:
             seconds=time.monotonic() - started,
             log=path,
             interrupted=self._interrupts > 0,
+            order=tuple(order),
         )
 
-    def _arguments(self, limit: Sequence[str]) -> list[str]:
+    def _start(self, log: IO[str], batch: Sequence[str] = ()) -> _Ended:
+        """Run pyinfra on all hosts or on those of the batch, to its end."""
+        self._tail.clear()
+        code = self._follow(self._arguments(), self._environment(batch), log)
+        aborted = advice.abort(list(self._tail)) if code else None
+        whole = code in (0, 1) and aborted is None and not self._interrupts
+        return _Ended(code, aborted, whole)
+
+    def _roll(self, members: Sequence[Member], ended: _Ended, log: IO[str]) -> _Ended:
+        """Apply batch after batch, until one fails or is stopped; returns how the last ended."""
+        hosts = self.picture.hosts
+        self.picture.wait()
+        while not self._interrupts and (
+            batch := rolling.following(members, {host.name: host.state for host in hosts.values()})
+        ):
+            log.write(f"# {batch}\n")
+            self.picture.begin(batch)
+            ended = self._start(log, batch.hosts)
+            self.picture.close(ended.whole, batch.hosts)
+            if ended.code and all(hosts[name].ok for name in batch.hosts):
+                break  # it does not say what failed
+        return ended
+
+    def _arguments(self) -> list[str]:
         config = Path(__file__).with_name("pyinfra_config.py")
         inventory = self.inventory.resolve()
         arguments = [sys.executable, "-m", "pyinfra", "-v", "--config", str(config)]
         # A dry run as JSON asks no questions; -y alone would skip the search for changes.
         arguments += ["-y"] if self.command == "apply" else ["--dry", "--json"]
-        for name in limit:
+        for name in split(self.limit):
             arguments += ["--limit", name]
         for folder in group_data(inventory):
             arguments += ["--group-data", str(folder)]
         return [*arguments, str(inventory), str(self.deploy.resolve())]
 
-    def _environment(self, limit: Sequence[str], chosen: Sequence[str]) -> Mapping[str, str]:
+    def _environment(self, batch: Sequence[str]) -> Mapping[str, str]:
         return {
             **os.environ,
-            only.ENV: ",".join(chosen),
+            only.ENV: ",".join(only.check(self.only)),
             PARENT_ENV: str(os.getpid()),
-            LIMIT_ENV: "\n".join(limit),
+            LIMIT_ENV: "\n".join(split(self.limit)),
+            BATCH_ENV: "\n".join(batch),
             DRY_ENV: "1" if self.command == "plan" else "",
             "PYINFRA_PROGRESS": "off",
             "PYTHONUNBUFFERED": "1",
@@ -163,8 +206,11 @@ class Run:
             start_new_session=True,
         )
         os.close(outgoing)
+        self._child = child
+        if self._interrupts:  # it came while the child was started
+            child.send_signal(signal.SIGINT)
         assert child.stdout is not None
-        with _OnInterrupt(self, child), selectors.DefaultSelector() as selector:
+        with selectors.DefaultSelector() as selector:
             readers = {
                 incoming: _Lines(self._take_event),
                 child.stdout.fileno(): _Lines(lambda line: self._take_output(line, log)),
@@ -199,15 +245,18 @@ class Run:
             self.output.write(line + "\n")
             self.output.flush()
 
-    def _judge(self, code: int, aborted: advice.Abort | None) -> tuple[list[str], int]:
+    def _judge(self, ended: _Ended) -> tuple[list[str], int]:
         """The run's errors, one line each, and the fleet command's exit code."""
+        code, aborted = ended.code, ended.aborted
         hosts = self.picture.hosts.values()
-        if self.picture.refused:
+        if self.picture.refused and not self.picture.order:
             return self.picture.refused, UsageError.exit_code
         if self._interrupts:
-            lines = [line for host in hosts for line in problems(host) or [_stopped(host)]]
-            return lines, INTERRUPTED
+            lines = [line for host in hosts for line in problems(host) or _stopped(host)]
+            return lines + self._not_begun(), INTERRUPTED
         errors = [line for host in hosts for line in problems(host)]
+        # Somebody edited the inventory between two batches: some hosts were changed all the same.
+        errors += self.picture.refused
         if aborted and not any(host.findings for host in hosts):
             errors.append(_plain(aborted.message))
         if code and not hosts:
@@ -217,18 +266,37 @@ class Run:
             errors.append(f"pyinfra was ended by signal {-code}; apply again")
         if code and not errors:
             errors.append("pyinfra failed without saying why; see the log")
+        errors += self._not_begun()
         if errors:
             invalid = aborted is not None and aborted.invalid
             return errors, UsageError.exit_code if invalid else 1
         pending = any(host.pending for host in hosts)
         return [], PENDING if pending else 0
 
+    def _not_begun(self) -> list[str]:
+        """A line for the hosts that a rolling apply did not come to, if there are any."""
+        hosts = self.picture.hosts
+        rest = [host.name for host in hosts.values() if host.state == "untouched"]
+        last = self.picture.order[-1] if self.picture.order else Batch(tuple(hosts))
+        failed = {name: _where(hosts[name]) for name in last.hosts if hosts[name].state == "failed"}
+        return [rolling.stopped(failed, last, rest)] if rest else []
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How pyinfra ended: its exit status, why it broke off if it says so, and whether it has come
+    to the end of the deploy on every host that did not fail."""
+
+    code: int
+    aborted: advice.Abort | None
+    whole: bool
+
 
 class _OnInterrupt:
-    """While pyinfra runs, Ctrl-C asks it to stop; a second one kills it."""
+    """Ctrl-C asks pyinfra to stop, and no other batch begins; a second one kills it."""
 
-    def __init__(self, run: Run, child: subprocess.Popen[bytes]) -> None:
-        self.run, self.child = run, child
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
     def __enter__(self) -> None:
         self.before = signal.signal(signal.SIGINT, self.handle)
@@ -241,8 +309,9 @@ class _OnInterrupt:
         first = self.run._interrupts == 1
         if first:
             print("stopping; Ctrl-C again ends it at once", file=sys.stderr)
-        if self.child.poll() is None:
-            os.killpg(self.child.pid, signal.SIGINT if first else signal.SIGKILL)
+        child = self.run._child
+        if child is not None and child.poll() is None:
+            os.killpg(child.pid, signal.SIGINT if first else signal.SIGKILL)
 
 
 class _Lines:
@@ -271,19 +340,27 @@ def problems(host: Host) -> list[str]:
         target = Target(**host.target)
         reason = advice.connection(host.error.message, target)
         return [f"{host.name}: cannot connect as {target}: {reason}"]
-    where = [host.name, host.error.concern or "facts", host.error.operation]
     reason = advice.operation(host.error.message.splitlines())
-    return [": ".join([*filter(None, where), reason])]
+    return [f"{host.name}: {_where(host)}: {reason}"]
 
 
-def _stopped(host: Host) -> str:
-    """Where Ctrl-C met a host."""
+def _where(host: Host) -> str:
+    """Concern and operation in which a host failed."""
+    if host.error is None:
+        return "preflight"
+    return ": ".join(filter(None, [host.error.concern or "facts", host.error.operation]))
+
+
+def _stopped(host: Host) -> list[str]:
+    """A line that says where Ctrl-C met a host, if it did."""
+    if host.state != "stopped":
+        return []
     if host.operation:
         seconds = time.time() - host.since
         where = f"in {host.concern}: {host.operation} (after {seconds:.0f} s)"
     else:
         where = f"after {host.concern}" if host.concern else "before any change"
-    return f"{host.name}: stopped {where}"
+    return [f"{host.name}: stopped {where}"]
 
 
 def _plain(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpufleet.demo.plan import Service
-from gpufleet.run import advice, inventory
+from gpufleet.run import asking
 
 
 @dataclass(frozen=True)
@@ -77,34 +77,10 @@ def ask(path: Path, limit: Sequence[str] = ()) -> list[HostStatus]:
 
     Raises UsageError for an inventory or limit that is invalid.
     """
-    state = inventory.load(path, inventory.split(limit))
-    from pyinfra.api.exceptions import PyinfraError
-    from pyinfra.api.facts import get_fact
-    from pyinfra.context import ctx_host
 
-    from gpufleet.demo.facts import DemoService
+    def one(host: asking.Asker) -> Service:
+        from gpufleet.demo.facts import DemoService
 
-    def one(host: Any) -> HostStatus:
-        goal, problems = inventory.check_host(host)
-        if problems:
-            return HostStatus(host.name, None, "; ".join(problems))
-        try:
-            host.connect(show_errors=False, raise_exceptions=True)
-        except PyinfraError as error:
-            reason = advice.connection(str(error), goal)
-            return HostStatus(host.name, None, f"{host.name}: cannot connect as {goal}: {reason}")
-        try:
-            with ctx_host.use(host):
-                service = get_fact(
-                    state,
-                    host,
-                    DemoService,
-                    kwargs={"address": f"http://{goal.demo_on_host}"},
-                    apply_failed_hosts=False,
-                )
-        finally:
-            host.disconnect()
-        return HostStatus(host.name, service)
+        return host.fact(DemoService, address=f"http://{host.target.demo_on_host}")
 
-    jobs = [state.pool.spawn(one, host) for host in inventory.hosts(state)]
-    return [job.get() for job in jobs]
+    return [HostStatus(each.name, each.answer, each.error) for each in asking.ask(path, one, limit)]

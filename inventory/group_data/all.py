@@ -28,6 +28,43 @@ mirrors = {
     "apt_security": False,
 }
 
+driver = {
+    # Where the NVIDIA driver comes from: `distribution` (the distribution's own packages),
+    # `nvidia` (NVIDIA's CUDA repository), `nvidia-cn` (its host in China), `runfile` (the file
+    # below), or `present`: it must be there already.
+    "source": "distribution",
+    # Driver branch, such as 535. None: one that fits GPUs and CUDA and that the source has.
+    "branch": None,
+    # CUDA that the driver must run, such as 12.2. None: that of the demo's locked environment.
+    "cuda": None,
+    # Flavour of the kernel modules: `open`, `proprietary`, or what all GPUs of the host can use.
+    "modules": "auto",
+    # The .run file on this machine that source `runfile` installs.
+    "runfile": None,
+    # A unit that builds or loads the module at boot, before the demo, where it is missing.
+    "boot_guard": False,
+}
+
+kernel = {
+    # Keep kernel and driver as they are, once they work together, until the settings change.
+    "pin": True,
+    # Where another kernel than the pinned one runs: `adopt` pins that one once it works,
+    # `revert` boots the pinned one again.
+    "drift": "adopt",
+    # Whether apply may reboot a host: `never`, or `when-safe`: where the next kernel has a
+    # working module, as a trial boot that falls back by itself.
+    "reboot": "never",
+    # Seconds that a host may take to come back from a reboot.
+    "reboot_timeout": 900,
+}
+
+rolling = {
+    # Apply to one host of each kind (OS, kernel flavour, GPU, driver) before all others.
+    "canary": True,
+    # How many hosts are applied to at once after the canaries; 0 is all.
+    "batch": 0,
+}
+
 python_env = {
     # What makes the demo's environment.
     "manager": "uv",

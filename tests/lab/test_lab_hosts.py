@@ -59,6 +59,8 @@ def traces() -> set[str]:
     found = {f"mount {line.split(' ', 2)[2]}" for line in lines("/proc/self/mountinfo")}
     found |= {f"link {path.name}" for path in Path("/sys/class/net").iterdir()}
     found |= {f"forward {line}" for line in lines("/proc/sys/net/ipv4/ip_forward")}
+    watchers = lines("/proc/sys/fs/inotify/max_user_instances")
+    found |= {f"inotify instances {line}" for line in watchers}
     found |= {f"nft {line}" for line in machine.run("nft", "list", "ruleset").splitlines()}
     found |= {f"loop {line}" for line in machine.run("losetup", "--all").splitlines()}
     places = [Path("/run/netns"), state.STATE, *Path("/run/systemd/nspawn").glob("*")]

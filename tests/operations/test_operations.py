@@ -3,7 +3,11 @@
 A case gives `arguments` of the operation and, by name, the `facts` that it may ask for: their
 `arguments` and the `output` of their command, which the fact itself reads. It expects either the
 whole list of `commands` or a `noop`. A script of the operation's module stands under its name.
+A fact with `after` prints that once the first command ran, and is asked a second time for it.
 pyinfra-testing's own cases cannot hold facts that are objects, hence this reader.
+
+A case of the driver gives instead what was `seen` of kernels and GPUs, once for each time that the
+operation looks, and the `choice`; both only as far as they differ from pictures.yaml.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -21,12 +26,24 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 from pyinfra.api import Config, Inventory, State, StringCommand
-from pyinfra.api.command import FileUploadCommand, PyinfraCommand, RsyncCommand
+from pyinfra.api.command import (
+    FileUploadCommand,
+    FunctionCommand,
+    PyinfraCommand,
+    RsyncCommand,
+)
 from pyinfra.context import ctx_host, ctx_state
 
+from gpufleet import catalog
+from gpufleet.driver import heal
+from gpufleet.driver import operations as driver
+from gpufleet.driver.picture import GpuPicture
+from gpufleet.driver.plan import Choice
+from gpufleet.kernel.picture import KernelPicture
 from gpufleet.python_env import operations as environments
 from gpufleet.python_env import wheelhouse
 from gpufleet.python_env.plan import UV_LOCK, lock_for
+from gpufleet.shell import script
 
 HERE = Path(__file__).parent
 CASES = sorted(HERE.glob("*.*/*.yaml"))
@@ -41,6 +58,8 @@ def as_data(command: PyinfraCommand, module: ModuleType) -> Any:
         return {"upload": text, "to": command.dest}
     if isinstance(command, RsyncCommand):
         return {"rsync": command.src, "to": command.dest, "flags": command.flags}
+    if isinstance(command, FunctionCommand):
+        return {"call": command.function.__name__, "arguments": list(command.args)}
     assert isinstance(command, StringCommand)
     line = command.get_raw_value()
     scripts = {text: name for name, text in vars(module).items() if isinstance(text, str)}
@@ -51,9 +70,32 @@ def as_data(command: PyinfraCommand, module: ModuleType) -> Any:
     return line
 
 
+def show(case: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Have the driver's operations see what a case says: what their facts' commands print."""
+    given = yaml.safe_load((HERE / "pictures.yaml").read_text("utf-8"))
+    printed = {}
+    for fact, kind, of in (
+        (driver.KernelFacts, KernelPicture, "kernels"),
+        (driver.GpuFacts, GpuPicture, "gpus"),
+    ):
+        seen = [
+            TypeAdapter(kind).validate_python({**given[of], **one.get(of, {})})
+            for one in case["seen"]
+        ]
+        monkeypatch.setattr(fact, "process", lambda _, output, seen=seen: seen.pop(0))
+        printed[fact().command().get_masked_value()] = "anything"
+    choice = TypeAdapter(Choice).validate_python({**given["choice"], **case.get("choice", {})})
+    monkeypatch.setattr(heal, "choose", lambda *_: choice)
+    monkeypatch.setattr(heal, "allowed", lambda *_: frozenset({"open", "proprietary"}))
+    monkeypatch.setattr(
+        heal, "kernel_packages", lambda _, kernels, release: (f"linux-headers-{release}",)
+    )
+    return printed
+
+
 @pytest.mark.parametrize("path", CASES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_an_operation_yields_exactly_these_commands(
-    path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+    path: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     concern, _, name = path.parent.name.partition(".")
     module = import_module(f"gpufleet.{concern}.operations")
@@ -62,7 +104,8 @@ def test_an_operation_yields_exactly_these_commands(
     for mark, value in {"HERE": path.parent, "CACHE": cache, "UV": UV_LOCK.digest}.items():
         text = text.replace(f"@{mark}@", str(value))
     case = yaml.safe_load(text)
-    assert set(case) <= {"arguments", "facts", "wheelhouses", "commands", "noop"}
+    known = {"arguments", "facts", "wheelhouses", "seen", "choice", "commands", "noop"}
+    assert set(case) <= known
     assert ("commands" in case) != ("noop" in case)
 
     for digest in case.get("wheelhouses", []):
@@ -73,23 +116,43 @@ def test_an_operation_yields_exactly_these_commands(
         key: TypeAdapter(hints[key]).validate_python(value)
         for key, value in case["arguments"].items()
     }
-    printed = {}
+    if "drivers" in hints and "drivers" not in arguments:
+        arguments["drivers"] = catalog.drivers()
+    shown = show(case, monkeypatch) if "seen" in case else {}
+    printed, after = {}, {}
     for fact, given in case.get("facts", {}).items():
-        command = getattr(module, fact)().command(**given["arguments"])
+        if fact == "Command":  # a constant of the module, or a script of it with its arguments
+            constant, *words = given["arguments"]["command"].split()
+            text = vars(module)[constant]
+            line = script(text, *words).get_raw_value() if words else text
+            given["arguments"] = {"command": line}
+        command = StringCommand(getattr(module, fact)().command(**given["arguments"]))
         printed[command.get_masked_value()] = given["output"]
+        if "after" in given:
+            after[command.get_masked_value()] = given["after"]
 
     state = State(Inventory((["@fake/host"], {})), Config())
     host = state.inventory.get_host("@fake/host")
-    host.connector.data = {"fake_responses": printed, "fake_delay": 0, "fake_delay_jitter": 0}
+    host.connector.data = {
+        "fake_responses": {**shown, **printed},
+        "fake_delay": 0,
+        "fake_delay_jitter": 0,
+    }
     host.connect()
     with ctx_state.use(state), ctx_host.use(host), caplog.at_level(logging.DEBUG, "pyinfra"):
-        commands = [as_data(command, module) for command in function(**arguments)]
+        commands = []
+        for command in function(**arguments):
+            commands.append(as_data(command, module))
+            host.connector.data["fake_responses"] = {**shown, **printed, **after}
 
     noops = [m.partition("noop: ")[2] for m in caplog.messages if "noop: " in m]
     assert commands == case.get("commands", [])
     assert commands or noops == [case["noop"]]
-    # Every fact once, with the arguments of the case, and nothing else.
-    assert sorted(host.connector.executed_commands) == sorted(printed)
+    # Every fact once, with the arguments of the case, and nothing else; twice if it has an `after`,
+    # kernels and GPUs as often as the case shows them.
+    asked = Counter(host.connector.executed_commands)
+    assert max((asked.pop(line, 0) for line in shown), default=0) == len(case.get("seen", []))
+    assert asked == Counter([*printed, *after])
 
 
 @pytest.fixture

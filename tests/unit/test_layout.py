@@ -20,6 +20,9 @@ TASKS = sorted((ROOT / "tasks").glob("*.py"))
 #: What plan.py may not touch: a decision is made from values, without a host and without I/O.
 IMPURE = {"pyinfra", "pyinfra_cli", "gevent", "subprocess", "socket", "requests", "paramiko", "os"}
 
+#: Modules of a concern that decide and describe, and that another concern may import.
+PURE = {"plan.py", "picture.py", "verdict.py", "forecast.py", "heal.py", "doctor.py"}
+
 #: Folders of gpufleet that are no concern: what runs deploys, boots labs and talks to people.
 ABOVE = {"cli", "lab", "run"}
 CONCERNS = {path.parent.name for path in MODULES if path.name == "plan.py"} - ABOVE
@@ -46,11 +49,12 @@ def below(path: Path, *folders: str) -> bool:
 
 
 def test_the_concerns_are_the_known_ones():
-    known = {"base", "config", "demo", "managed", "mirrors", "preflight", "python_env", "weights"}
+    known = {"base", "config", "demo", "driver", "kernel", "managed", "mirrors", "preflight"}
+    known |= {"python_env", "weights"}
     assert known <= CONCERNS
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.name == "plan.py"], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in MODULES if p.name in PURE], ids=name_of)
 class TestPlans:
     def test_import_nothing_that_reaches_a_host(self, path: Path):
         if below(path, *ABOVE):
@@ -78,12 +82,13 @@ class TestConcerns:
         above = ("gpufleet.cli", "gpufleet.lab", "gpufleet.run", "tasks", "inventory", "deploy")
         assert [name for name in imports(path) if name.startswith(above)] == []
 
-    def test_use_only_the_plan_or_the_facts_of_another_concern(self, path: Path):
+    def test_use_only_the_decisions_or_the_facts_of_another_concern(self, path: Path):
         own = path.parent.name
         for name in imports(path):
             parts = name.split(".")
             if parts[0] == "gpufleet" and parts[1:2] and parts[1] in CONCERNS - {own}:
-                assert parts[2:3] in ([], ["plan"], ["facts"]), name
+                pure = {module.removesuffix(".py") for module in PURE}
+                assert set(parts[2:3]) <= pure | {"facts"}, name
                 assert parts[2:], f"{name}: import its plan or facts by name"
 
 

@@ -10,15 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_hosts import debian, gpus
+from gpu_hosts import settings as settings_of
 from pyinfra.api import Config, FactProcessError, Inventory, State
 from pyinfra.api.exceptions import DeployError
 from pyinfra.api.state import StateStage
 from pyinfra.context import ctx_host, ctx_inventory, ctx_state
 
-from gpufleet.catalog import Model
+from gpufleet.catalog import Model, drivers
 from gpufleet.demo.plan import UNIT
+from gpufleet.driver.picture import GpuPicture
 from gpufleet.preflight.facts import Preflight
-from gpufleet.preflight.plan import SPARE_MIB, SUPPORTED, HostPicture, findings, parse
+from gpufleet.preflight.plan import (
+    SPARE_MIB,
+    SUPPORTED,
+    HostPicture,
+    driver_findings,
+    findings,
+    parse,
+)
 from gpufleet.settings import Settings
 from gpufleet.settings import parse as parse_settings
 
@@ -57,6 +67,11 @@ python\t/usr/bin/python3.11
 def found(model: Model, data: dict[str, Any] | None = None, **changes: Any) -> list[str]:
     settings = parse_settings(data or {}, "host")
     return findings(settings, "small", model, replace(GOOD, **changes), PYTHON)
+
+
+def cards() -> GpuPicture:
+    """Two T4s with the driver of Debian 12."""
+    return gpus("535.261.03")
 
 
 def test_the_scripts_lines_are_read():
@@ -179,6 +194,41 @@ def test_cuda_needs_a_card_and_then_a_driver_that_answers(model: Model):
         (line,) = found(model, data, gpus=("0x20b5",), driver=driver)
         assert line.startswith("the NVIDIA driver does not answer: ")
     assert found(model, data, gpus=("0x20b5",), driver="570.86.15") == []
+
+
+def test_a_run_that_brings_the_driver_needs_none_but_one_that_fits(model: Model):
+    settings = parse_settings({"accelerator": "cuda"}, "host")
+    picture = replace(GOOD, gpus=("0x1eb8",), driver=None)
+
+    def said(driver: list[str]) -> list[str]:
+        return findings(settings, "small", model, picture, PYTHON, driver=driver)
+
+    assert said([]) == []
+    assert said(["no driver fits: x", "y"]) == ["no driver fits: x", "y"]
+
+
+def test_a_run_without_the_environment_needs_no_interpreter(model: Model):
+    settings = parse_settings({"accelerator": "cuda"}, "host")
+    picture = replace(GOOD, gpus=("0x1eb8",), driver=None, python=None)
+    cpu_only = model.model_copy(update={"accelerators": ("cpu",)})
+    lines = findings(settings, "small", cpu_only, picture, "", environment=False, driver=[])
+    assert lines == []
+
+
+class TestTheDriver:
+    def test_that_fits_and_can_be_built_has_no_findings(self):
+        values = settings_of(driver={"cuda": "12.2"})
+        assert driver_findings(values, debian(), cards(), drivers()) == []
+
+    def test_that_is_too_old_for_the_environment_is_found(self):
+        (line,) = driver_findings(settings_of(), debian(), cards(), drivers())
+        assert "CUDA 13.0 of the environment needs driver 580 or later" in line
+
+    def test_that_the_host_cannot_take_is_found_before_anything_changes(self):
+        """Two drivers in one place: what would stop the work half-way is in the same verdict."""
+        values = settings_of(driver={"cuda": "12.2"})
+        (line,) = driver_findings(values, debian(runfile=True), cards(), drivers())
+        assert "a .run file installed the driver here" in line
 
 
 def test_all_findings_come_at_once_and_in_the_order_in_which_they_matter(model: Model):

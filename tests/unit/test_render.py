@@ -35,7 +35,9 @@ def test_every_template_is_used(name: str):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_template_says_who_wrote_the_file_and_ends_with_a_newline(name: str):
     text = (ROOT / "templates" / name).read_text("utf-8")
-    assert text.startswith("# Written by gpufleet")
+    first, second = [*text.splitlines(), "", ""][:2]
+    own = second if first.startswith("#!") else first  # a program begins with its interpreter
+    assert own.startswith(("# Written by gpufleet", "// Written by gpufleet"))
     assert text.endswith("\n")
     assert not re.search(r"[ \t]+$", text, re.MULTILINE)
 

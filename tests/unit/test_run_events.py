@@ -128,12 +128,13 @@ def test_an_event_survives_the_pipe(monkeypatch):
     incoming, outgoing = os.pipe()
     monkeypatch.setenv(ENV, str(outgoing))
     emit("finding", host="gpu1", concern="preflight", message="disk\nfull – ü")
+    line = os.read(incoming, 65536).decode()
+    os.close(incoming)
     os.close(outgoing)
-    with os.fdopen(incoming) as lines:
-        event = read(lines.readline())
-        assert event is not None
-        assert (event.host, event.concern, event.message) == ("gpu1", "preflight", "disk\nfull – ü")
-        assert lines.readline() == ""
+    event = read(line)
+    assert event is not None
+    assert (event.host, event.concern, event.message) == ("gpu1", "preflight", "disk\nfull – ü")
+    assert line.count("\n") == 1
 
 
 def test_without_the_fleet_command_events_go_nowhere(monkeypatch):

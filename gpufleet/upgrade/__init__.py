@@ -1,0 +1,1 @@
+"""Concern: what the next package upgrade would change, asked without changing anything."""
