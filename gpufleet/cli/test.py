@@ -42,7 +42,12 @@ FOLDERS = {
     Part.lab: ("tests/lab",),
     Part.vm: ("tests/vm",),
     Part.browser: ("tests/browser",),
-    Part.long: ("tests/lab/test_hosts_driver.py", "tests/lab/test_hosts_ubuntu.py"),
+    Part.long: (
+        "tests/lab/test_hosts_driver.py",
+        "tests/lab/test_hosts_driver_faults.py",
+        "tests/lab/test_hosts_ubuntu.py",
+        "tests/vm/test_kernel_story.py",
+    ),
 }
 
 
@@ -59,8 +64,8 @@ def run_tests(
 
     Says what was left out and why. unit: ruff, mypy, the demo's own tests, unit and operation
     tests. lab: real hosts; needs root on Debian or Ubuntu. vm: real kernels and reboots in QEMU.
-    browser: the page in Chromium. long, only if asked for: builds the real driver with DKMS, and
-    Ubuntu's kernels; some twenty minutes. The last line is pytest's.
+    browser: the page in Chromium. long, only if asked for: builds the real driver with DKMS,
+    upgrades Ubuntu's kernels and a virtual machine's; half an hour. The last line is pytest's.
     """
     wanted = parts or list(DEFAULT)
     skipped = {part: why for part in wanted if (why := _missing(part))}

@@ -153,11 +153,11 @@ def up(
     What runs is left alone, what died is booted again on its own filesystem, what is half-made
     is completed. `image` is as in ``debian:12``; by default what the lab has, or debian:12.
     New hosts get a filesystem of `disk_mib` MiB, by default all of this machine's. The hosts of
-    a new lab are virtual machines where `vm` says so, each with the
-    devices `pci`, such as ``10de:20b5:0302``; a lab stays what it is. New containers show what
-    the recordings `gpus` of the GPU double have, host by host in turn, and say that they run the
-    kernel of the release `kernel`. UsageError for arguments
-    that cannot be met, FleetError where this machine cannot have a lab.
+    a new lab are virtual machines where `vm` says so, each with the PCI devices `pci`, such as
+    ``10de:20b5:0302``; a lab stays what it is. New containers show what the recordings `gpus` of
+    the GPU double have, host by host in turn, and say that they run the kernel of the release
+    `kernel`. UsageError for arguments that cannot be met, FleetError where this machine cannot
+    have a lab.
     """
     existing = state.load(name)
     wanted = sources.release(image or (existing.image if existing else DEFAULT_IMAGE))

@@ -414,7 +414,7 @@ def take_down(name: str) -> None:
 def sweep() -> None:
     """Take down labs of test runs that were killed."""
     for name in lab.names():
-        owner = re.fullmatch(r"t-(\d+)(-\d+)?", name)
+        owner = re.fullmatch(r"t-(\d+)(-[a-z0-9-]+)?", name)
         if owner and not Path("/proc", owner[1]).exists():
             take_down(name)
 

@@ -28,6 +28,8 @@ sys.path.insert(0, str(ROOT / "tests" / "vm"))
 
 import standin
 
+pytestmark = pytest.mark.long
+
 SETTINGS: dict[str, Any] = {"accelerator": "cuda", "driver": {"cuda": "12.2"}}
 
 #: Of the branch that Debian 12 has, and newer than what it has.
