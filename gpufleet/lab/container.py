@@ -11,7 +11,6 @@ from pathlib import Path
 
 from gpufleet.errors import FleetError
 from gpufleet.lab import network
-from gpufleet.lab.gpu_double import recording
 from gpufleet.lab.host import STOP_SECONDS, LabHost, kernel_lines
 from gpufleet.lab.machine import mounts_below, remove_tree, run, unmount_below
 from gpufleet.lab.network import Subnet
@@ -116,6 +115,8 @@ class Container(LabHost):
         (self._files / "root").chmod(0o700)
         (self._files / "root/.ssh").chmod(0o700)
         if self._gpus is not None:
+            from gpufleet.lab.gpu_double import recording
+
             recording.lay(self._gpus, self._files)
         if disk_mib is None:
             self.archives.mkdir(parents=True)

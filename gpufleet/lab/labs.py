@@ -22,7 +22,6 @@ from gpufleet.lab import disk as disks
 from gpufleet.lab import image as images
 from gpufleet.lab import machine, network, qemu, sources, state
 from gpufleet.lab.container import Container, key_pair
-from gpufleet.lab.gpu_double import recording
 from gpufleet.lab.host import LabHost
 from gpufleet.lab.locks import locked
 from gpufleet.lab.machine import Progress, say_nothing
@@ -180,6 +179,8 @@ def up(
             "--kernel out, and give --pci for devices on its bus"
         )
     for each in gpus:
+        from gpufleet.lab.gpu_double import recording  # needs YAML, a lab without GPUs does not
+
         recording.load(each)
     if kernel is not None and not _RELEASE.fullmatch(kernel):
         raise UsageError(f"--kernel {kernel}: no kernel release, such as 6.1.0-50-amd64")
