@@ -18,6 +18,7 @@ import typer
 from gpufleet import ROOT
 
 DEMO_ENVIRONMENT = ROOT / ".venv-demo"
+OPERATIONS = "tests/operations"
 
 #: pytest's exit status when no test was selected.
 NO_TESTS = 5
@@ -36,9 +37,10 @@ class Part(str, Enum):
 #: What runs without being asked for; `long` takes as long as all of it.
 DEFAULT = (Part.unit, Part.lab, Part.vm, Part.browser)
 
-#: Where each part's tests are; those of the demo run in its own environment.
+#: Where each part's tests are; those of the demo run in its own environment, and the operations'
+#: in a process that pyinfra has patched.
 FOLDERS = {
-    Part.unit: ("tests/unit", "tests/operations"),
+    Part.unit: ("tests/unit",),
     Part.lab: ("tests/lab",),
     Part.vm: ("tests/vm",),
     Part.browser: ("tests/browser",),
@@ -74,6 +76,7 @@ def run_tests(
     if Part.unit in chosen:
         results += [_run(*check) for check in _checks()]
         results += _demo_tests(expression)
+        results.append(_run(OPERATIONS, _pytest(Path(sys.executable), [OPERATIONS], expression)))
     if Part.long not in wanted:
         print("left out long: it builds the real driver; ./fleet test long runs it", flush=True)
     for part, why in skipped.items():

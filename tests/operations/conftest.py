@@ -1,9 +1,10 @@
-"""What the operations' tests share: a private cache."""
+"""What the operations' tests share: a process that pyinfra patched, and a private cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pyinfra_cli  # type: ignore[import-untyped]  # noqa: F401  patches, before there are threads
 import pytest
 
 
