@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pyinfra import host
+from pyinfra import host, logger
 from pyinfra.api import DeployError
 
 from gpufleet import catalog
 from gpufleet.catalog import Model
 from gpufleet.errors import FleetError
+from gpufleet.run.events import emit
 from gpufleet.settings import Settings, parse
 
 
@@ -21,3 +22,9 @@ def current() -> tuple[Settings, Model]:
         return settings, catalog.model(settings.model)
     except FleetError as error:
         raise DeployError(str(error)) from None
+
+
+def warn(concern: str, message: str) -> None:
+    """Tell the person something about the host at hand that stops nothing: one line."""
+    logger.warning(f"{host.print_prefix}{message}")
+    emit("warning", host=host.name, concern=concern, message=message)
