@@ -21,7 +21,10 @@ TASKS = sorted((ROOT / "tasks").glob("*.py"))
 IMPURE = {"pyinfra", "pyinfra_cli", "gevent", "subprocess", "socket", "requests", "paramiko", "os"}
 
 #: Modules of a concern that decide and describe, and that another concern may import.
-PURE = {"plan.py", "picture.py", "verdict.py", "forecast.py", "heal.py", "doctor.py"}
+PURE = {"plan.py", "picture.py", "verdict.py", "forecast.py", "heal.py", "doctor.py"} | {
+    "choice.py",
+    "probe.py",
+}
 
 #: Folders of gpufleet that are no concern: what runs deploys, boots labs and talks to people.
 ABOVE = {"cli", "lab", "run"}
