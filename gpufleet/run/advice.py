@@ -144,7 +144,7 @@ def operation(output: Sequence[str]) -> str:
     lines = [line.strip() for line in output if not _NOISE.match(line.strip())]
     for line in reversed(lines):
         if line.startswith(OWN):
-            return one_line(line.removeprefix(OWN), limit=500)
+            return one_line(line.removeprefix(OWN), limit=600)
     for pattern, advice in OPERATION:
         for line in reversed(lines):
             if re.search(pattern, line):
