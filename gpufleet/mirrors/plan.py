@@ -61,7 +61,7 @@ def parse_sources(lines: Iterable[str]) -> AptSources:
             others.append(line)
     texts = {path: "\n".join([*text, ""]) for path, text in files.items()}
     record = texts.pop(RECORD, "")
-    return AptSources(os, codename, texts, tuple(written), record, tuple(others))
+    return AptSources(os, codename, texts, tuple(written), record, others=tuple(others))
 
 
 def wanted(choice: Choice, apt_security: bool, sources: AptSources) -> list[ManagedFile]:

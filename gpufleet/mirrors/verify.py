@@ -91,7 +91,7 @@ if [ -n "$pip" ]; then
   for python in python3 "$root/conda/bin/python"; do
     "$python" -m pip --version > /dev/null 2>&1 || continue
     code=0
-    timeout 180 "$python" -m pip download --verbose --no-deps --only-binary :all: --no-input \
+    timeout 180 "$python" -m pip download -vv --no-deps --only-binary :all: --no-input \
       --no-cache-dir --disable-pip-version-check --timeout 20 --retries 1 --require-hashes \
       --dest "$t/pip" --requirement wheel > said 2>&1 || code=$?
     if [ "$code" != 0 ]; then

@@ -25,7 +25,7 @@ OURS = {
 def found(*lines: str, ours: dict[str, str] | None = None, **files: str) -> list[Override]:
     """Overrides on a host whose other configuration has these lines, as the fact prints them."""
     texts = {f"/etc/apt/sources.list.d/{name}.list": text for name, text in files.items()}
-    sources = AptSources("debian", "bookworm", texts, tuple(OURS), "", tuple(lines))
+    sources = AptSources("debian", "bookworm", texts, tuple(OURS), others=lines)
     return list(overrides(sources, OURS if ours is None else ours))
 
 
@@ -134,9 +134,9 @@ def test_warnings_come_before_notes():
 
 def test_the_files_in_force_are_those_that_gpufleet_wrote():
     lines = ("ours\t/etc/pip.conf:1:[global]", "ours\t/etc/pip.conf:2:index-url = https://m/s")
-    sources = AptSources("debian", "bookworm", {}, (PIP_CONF, DEBIAN), "", lines)
+    sources = AptSources("debian", "bookworm", {}, (PIP_CONF, DEBIAN), others=lines)
     assert in_force(sources) == {PIP_CONF: "[global]\nindex-url = https://m/s\n", DEBIAN: ""}
-    assert in_force(AptSources("debian", "bookworm", {}, (), "", lines)) == {}
+    assert in_force(AptSources("debian", "bookworm", {}, (), others=lines)) == {}
 
 
 def test_the_fact_finds_the_lines_on_a_host_and_no_password(tmp_path: Path, sh):
