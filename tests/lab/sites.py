@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
+
+import requests
 
 from gpufleet.mirrors import verify
 from gpufleet.python_env.plan import lock_for
@@ -58,6 +60,21 @@ def index(folder: Path) -> dict[str, bytes]:
     return {f"/simple/{verify.PACKAGE}/": page.encode(), f"/files/{wheel.name}": wheel.read_bytes()}
 
 
+class Forwarded(dict[str, bytes]):
+    """The files of archives elsewhere, fetched when first asked for: archive → its address."""
+
+    def __init__(self, archives: Mapping[str, str]) -> None:
+        self.archives = archives
+        self.session = requests.Session()
+
+    def __missing__(self, path: str) -> bytes:
+        _, archive, rest = path.split("/", 2)
+        reply = self.session.get(f"{self.archives[archive].rstrip('/')}/{rest}", timeout=60)
+        reply.raise_for_status()
+        self[path] = reply.content
+        return reply.content
+
+
 PORTAL = b"<!DOCTYPE html><html><body><form action='/login'>Please log in</form></body></html>"
 
 
@@ -71,7 +88,7 @@ class Site:
     """
 
     def __init__(self, address: str, files: Mapping[str, bytes]) -> None:
-        self.files = dict(files)
+        self.files = files
         self.fault, self.at = "", "/"
         self.asked: list[tuple[str, str]] = []
         site = self
@@ -97,7 +114,9 @@ class Site:
         self.url = f"http://{self.host}"
 
     def answer(self, request: http.server.BaseHTTPRequestHandler, client: str) -> None:
-        body = self.files.get(request.path)
+        body: bytes | None = None
+        with suppress(LookupError, ValueError, requests.HTTPError):
+            body = self.files[request.path]
         fault = self.fault if request.path.startswith(self.at) else ""
         if request.path == "/login":
             body, fault = PORTAL, ""
