@@ -220,14 +220,20 @@ class TestInOrder:
         assert ok(restore("--json")).changed(host.name) == {}
 
 
-def test_whatever_wins_over_the_choice_is_said(host, mirrors, switch) -> None:
+def test_whatever_wins_over_the_choice_is_said(lab, host, mirrors, switch, tmp_path) -> None:
     host.path("/etc/environment").write_text("PIP_INDEX_URL=https://a:secret@pypi.example.org/s\n")
     host.path("/root/.condarc").write_text("channels:\n  - https://conda.example.org/main\n")
     try:
         done = ok(switch("one"))
+        asked = fleet("doctor", "-i", lab.inventory(tmp_path), "--json")
     finally:
         host.path("/etc/environment").write_text("")
         host.path("/root/.condarc").unlink()
     (line,) = [one for one in fleets.lines_about(done.out, host) if "warning" in one]
     words(line, "PIP_INDEX_URL wins over /etc/pip.conf", "/etc/environment:1", "remove the line")
-    assert "secret" not in done.out + done.err
+    (found,) = [
+        one for one in asked.document["hosts"][0]["findings"] if one["code"].startswith("mirrors-")
+    ]
+    assert (found["code"], found["severity"]) == ("mirrors-environment", "warning")
+    assert found["evidence"] == "/etc/environment:1"
+    assert "secret" not in done.out + done.err + asked.out
