@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyinfra import host, state
+from pyinfra import host, logger, state
 from pyinfra.api import DeployError
 
 from gpufleet import catalog
@@ -12,6 +12,7 @@ from gpufleet.mirrors import probe
 from gpufleet.mirrors.choice import Choice
 from gpufleet.mirrors.facts import MirrorFiles, MirrorProbe
 from gpufleet.mirrors.plan import AptSources
+from gpufleet.run.events import emit
 from gpufleet.seen import fresh
 from gpufleet.settings import Settings, parse
 
@@ -28,9 +29,16 @@ def current() -> tuple[Settings, Model]:
         raise DeployError(str(error)) from None
 
 
+def warn(concern: str, message: str) -> None:
+    """Tell the person something about the host at hand that stops nothing: one line."""
+    logger.warning(f"{host.print_prefix}{message}")
+    emit("warning", host=host.name, concern=concern, message=message)
+
+
 def mirror_files() -> AptSources:
     """The mirror configuration of the host at hand, asked once."""
-    return fresh(MirrorFiles)
+    settings, _ = current()
+    return fresh(MirrorFiles, root=str(settings.root), user=settings.user)
 
 
 def mirror_choice() -> Choice:

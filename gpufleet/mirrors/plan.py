@@ -43,6 +43,8 @@ class AptSources:
     """The host's clock, in seconds since 1970."""
     version: str = ""
     """The distribution's version, such as 12 or 24.04."""
+    others: tuple[str, ...] = ()
+    """Lines of configuration that may win over those files, for `overrides.read`."""
 
 
 def parse_sources(lines: Iterable[str]) -> AptSources:
@@ -51,6 +53,7 @@ def parse_sources(lines: Iterable[str]) -> AptSources:
     now = 0.0
     files: dict[str, list[str]] = {}
     written: list[str] = []
+    others: list[str] = []
     path = ""
     for line in lines:
         if line.startswith("+"):
@@ -67,9 +70,21 @@ def parse_sources(lines: Iterable[str]) -> AptSources:
         elif key == "file":
             path = value
             files[path] = []
+        elif line:
+            others.append(line)
     texts = {path: "\n".join([*text, ""]) for path, text in files.items()}
     record, cache = texts.pop(RECORD, ""), texts.pop(CACHE, "")
-    return AptSources(os, codename, texts, tuple(written), record, cache, now, version)
+    return AptSources(
+        os,
+        codename,
+        texts,
+        tuple(written),
+        record,
+        cache=cache,
+        now=now,
+        version=version,
+        others=tuple(others),
+    )
 
 
 def wanted(choice: Choice, apt_security: bool, sources: AptSources) -> list[ManagedFile]:

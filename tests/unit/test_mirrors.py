@@ -288,7 +288,7 @@ def test_what_gpufleet_remembers_on_a_host_is_no_source_of_apt(tmp_path: Path, s
     """One command reads it along with the sources."""
     (tmp_path / "mirrors-choice.json").write_text('{"version": 1}\n')
     (tmp_path / "mirrors-probed.json").write_text('{"version": 1,\n"found": []}\n')
-    done = sh(str(MirrorFiles().command()).replace(STATE, str(tmp_path)))
+    done = sh(str(MirrorFiles().command(root="/opt/x", user="x")).replace(STATE, str(tmp_path)))
     lines = done.stdout.replace(str(tmp_path), STATE).splitlines()
     found = MirrorFiles().process(lines)
     assert found.record == '{"version": 1}\n'
@@ -317,7 +317,7 @@ def test_a_source_that_gpufleet_replaced_is_read_as_it_was_before(tmp_path: Path
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    command = str(MirrorFiles().command()).replace(STATE, str(state))
+    command = str(MirrorFiles().command(str(tmp_path), "root")).replace(STATE, str(state))
     done = sh(command.replace("/etc/", f"{etc}/").replace(f"{etc}/os-release", "/etc/os-release"))
     assert (done.returncode, done.stderr) == (0, "")
     found = MirrorFiles().process(done.stdout.splitlines())
