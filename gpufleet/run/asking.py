@@ -188,13 +188,17 @@ def examine(
 ) -> list[Asked[tuple[Finding, ...]]]:
     """What is wrong on every host. Raises UsageError for an invalid inventory or limit."""
     from gpufleet.demo.facts import DemoService
-    from gpufleet.driver.doctor import findings
+    from gpufleet.driver.doctor import findings, in_order
     from gpufleet.kernel.plan import leaks, target
+    from gpufleet.mirrors import doctor as mirrors
+    from gpufleet.mirrors.facts import MirrorFiles
 
     def one(host: Asker) -> tuple[Finding, ...]:
         seen = pictures(host)
+        root, user = str(host.settings.root), host.settings.user
+        sources = host.fact(MirrorFiles, root=root, user=user)
         service = host.fact(DemoService, address=f"http://{host.target.demo_on_host}")
-        return _environments(host, path, bool(seen.gpus.gpus)) + findings(
+        found = findings(
             seen.kernels,
             seen.gpus,
             service,
@@ -204,6 +208,8 @@ def examine(
             pin=leaks(seen.kernels, target(seen.kernels, host.settings.kernel.drift)),
             apply=_apply(path, host),
         )
+        environments = _environments(host, path, bool(seen.gpus.gpus))
+        return in_order([*found, *mirrors.findings(sources), *environments])
 
     return ask(path, one, limit, told)
 

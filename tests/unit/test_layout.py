@@ -31,7 +31,9 @@ PURE = {
     "conda.py",
 } | {
     "choice.py",
+    "overrides.py",
     "probe.py",
+    "verify.py",
 }
 
 #: Folders of gpufleet that are no concern: what runs deploys, boots labs and talks to people.
