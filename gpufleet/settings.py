@@ -164,7 +164,8 @@ class PythonEnv(_Model):
 
     torch_index: str = "https://download.pytorch.org/whl/cpu"
     """Where the build of torch without CUDA comes from when the index that pip is configured with
-    does not have it: PyTorch's wheel site or a mirror of it."""
+    does not have it: PyTorch's wheel site or a mirror of it. Builds for CUDA come from beside it
+    (cpu replaced by cu118 …)."""
 
 
 class Weights(_Model):

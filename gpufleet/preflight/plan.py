@@ -16,6 +16,9 @@ from gpufleet.settings import Settings
 #: Systems whose packages and paths the tasks know: (os-release ID, VERSION_ID).
 SUPPORTED = {("debian", "12"), ("debian", "13"), ("ubuntu", "22.04"), ("ubuntu", "24.04")}
 
+#: What conda takes besides the environment, MiB: its installer, itself (0.6 GiB), its packages.
+CONDA_MIB = 1000
+
 #: Left free on the disk after a deploy, MiB: logs, uploads and the next apply need room.
 SPARE_MIB = 256
 
@@ -114,7 +117,8 @@ def findings(
             f"{picture.memory_kib // 1024} MiB of memory, model {name} needs {needed.memory_mib}: "
             "use a larger host or a smaller model"
         )
-    to_come_mib = needed.disk_mib - picture.disk_used_kib // 1024
+    conda_mib = CONDA_MIB if environment and settings.python_env.manager != "uv" else 0
+    to_come_mib = needed.disk_mib + conda_mib - picture.disk_used_kib // 1024
     room_mib = SPARE_MIB + max(to_come_mib, 0)
     if picture.disk_free_kib < room_mib * 1024:
         found.append(

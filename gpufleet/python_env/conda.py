@@ -161,6 +161,10 @@ def read(path: Path) -> Recipe:
         raise FleetError(f"{path}: {'; '.join(problems)}")
     specs = [each for each in said["dependencies"] if isinstance(each, str)]
     pip = [line for each in said["dependencies"] if isinstance(each, dict) for line in each["pip"]]
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]*", path.stem):
+        raise FleetError(f"{path}: its name becomes a folder's: use letters, digits and . _ - only")
+    if path.stem in catalog.environments().environments:
+        raise FleetError(f"{path}: the catalogue has an environment {path.stem}; rename the file")
     (python,) = (spec for spec in specs if _package(spec) == "python")
     others = [spec for spec in specs if spec != python]
     if "pip" not in map(_package, others):
@@ -242,9 +246,11 @@ def installer(chosen: PythonEnv, choice: Choice, sites: Mirrors) -> Installer:
         if not path.is_file():
             raise FleetError(f"setting python_env.installer: no file {path} on this machine")
         return Installer(kind, sha256, path, ())
-    site = choice.site(kind)
-    if site is not None:
-        having: list[Site] = [site]
+    pick = choice.picks.get(kind)
+    if pick is not None and pick.site is not None:
+        having: list[Site] = [pick.site]
+        if pick.policy != "pinned":
+            having += [sites.sites[name] for name in pick.fallbacks if name in sites.sites]
     else:
         domains: dict[str, Site] = {}
         for listed in sites.sites.values():

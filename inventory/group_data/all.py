@@ -106,7 +106,7 @@ python_env = {
     # the hosts, which need no way out. `index`: each host downloads for itself.
     "source": "wheelhouse",
     # Where the build of torch without CUDA comes from when the index that pip is configured with
-    # does not have it: PyTorch's wheel site or a mirror of it.
+    # does not have it: PyTorch's wheel site or a mirror of it. Builds for CUDA come from beside it.
     "torch_index": "https://download.pytorch.org/whl/cpu",
 }
 

@@ -370,7 +370,7 @@ fallocate -l $(( $(df -Pk / | awk 'NR==2 {print $4}') * 1024 - 4194304 )) /full
 def test_a_disk_that_fills_while_installing_is_said_and_the_same_command_finishes_later(
     boot: Boot, site: Site, tmp_path: Path
 ) -> None:
-    made = boot(1, "--disk-mib", "2600")
+    made = boot(1, "--disk-mib", "3400")
     small = made.hosts[0]
     port = site.address.rpartition(":")[2]
     here = Site(site.anaconda, site.wheels, address=f"{made.gateway}:{port}")

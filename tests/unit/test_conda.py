@@ -148,6 +148,17 @@ class TestAUsersOwnFile:
     def test_what_is_no_such_file_is_said(self, tmp_path: Path, text: str):
         assert "own.yml" in self.problem(tmp_path, text)
 
+    @pytest.mark.parametrize(
+        ("name", "said"), [("torch2.yml", "rename the file"), ("a b.yml", "letters, digits")]
+    )
+    def test_its_name_must_be_one_that_an_environment_can_have(
+        self, tmp_path: Path, name: str, said: str
+    ):
+        own = tmp_path / name
+        own.write_text("channels: [conda-forge]\ndependencies: [python=3.10]\n")
+        with pytest.raises(FleetError, match=said):
+            conda.recipe(str(own), "cpu")
+
     def test_a_file_that_is_not_there_is_said(self, tmp_path: Path):
         with pytest.raises(FleetError, match="No such file"):
             conda.recipe(str(tmp_path / "none.yml"), "cpu")
@@ -208,6 +219,13 @@ class TestTheInstaller:
         domains = {site.domain for site in sites if site.listed("miniconda")}
         assert len(found.urls) == len(domains) >= 2
         assert all(url.startswith("https://") for url in found.urls)
+
+    def test_what_was_measured_has_fallbacks_and_what_was_pinned_has_none(self):
+        for policy, expected in (("measured", 2), ("pinned", 1)):
+            pick = Pick("miniconda", self.OWN, policy, "", ("nju", "official"))
+            found = conda.installer(PythonEnv(), Choice({"miniconda": pick}), catalog.mirrors())
+            assert len(found.urls) == expected
+            assert found.urls[0].startswith("http://10.1.2.3:80/m/")
 
     def test_a_file_of_this_machine_is_relayed(self, tmp_path: Path):
         own = tmp_path / "Miniconda3.sh"

@@ -22,6 +22,7 @@ from gpufleet.demo.plan import UNIT
 from gpufleet.driver.picture import GpuPicture
 from gpufleet.preflight.facts import Preflight
 from gpufleet.preflight.plan import (
+    CONDA_MIB,
     SPARE_MIB,
     SUPPORTED,
     HostPicture,
@@ -67,6 +68,15 @@ python\t/usr/bin/python3.11
 def found(model: Model, data: dict[str, Any] | None = None, **changes: Any) -> list[str]:
     settings = parse_settings({"python_env": {"manager": "uv"}, **(data or {})}, "host")
     return findings(settings, "small", model, replace(GOOD, **changes), PYTHON)
+
+
+def test_conda_needs_room_of_its_own(model: Model):
+    enough = (SPARE_MIB + model.needs.disk_mib) * 1024
+    assert found(model, disk_free_kib=enough) == []
+    conda = {"python_env": {"manager": "miniconda"}}
+    (line,) = found(model, conda, disk_free_kib=enough)
+    assert f"this deploy needs {SPARE_MIB + model.needs.disk_mib + CONDA_MIB}" in line
+    assert found(model, conda, disk_free_kib=enough + CONDA_MIB * 1024) == []
 
 
 def test_conda_brings_its_own_python(model: Model):
