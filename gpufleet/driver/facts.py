@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyinfra.api import FactBase, FactProcessError, StringCommand
 
-from gpufleet.driver.heal import OWNED
+from gpufleet.driver.files import OWNED
 from gpufleet.driver.picture import GpuPicture
 from gpufleet.driver.plan import parse
 from gpufleet.shell import script

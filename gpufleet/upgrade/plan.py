@@ -70,7 +70,7 @@ class Unattended:
 
     def spares(self, name: str) -> bool:
         """Whether the blacklist keeps this package as it is."""
-        return any(_begins(pattern, name) for pattern in self.blacklist)
+        return any(begins(pattern, name) for pattern in self.blacklist)
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,8 @@ def _matches(pattern: str, origin: Origin) -> bool:
     return True
 
 
-def _begins(pattern: str, name: str) -> bool:
+def begins(pattern: str, name: str) -> bool:
+    """Whether a pattern of unattended-upgrades' blacklist means the package of this name."""
     try:
         return re.match(pattern, name) is not None
     except re.error:

@@ -22,6 +22,7 @@ IMPURE = {"pyinfra", "pyinfra_cli", "gevent", "subprocess", "socket", "requests"
 
 #: Modules of a concern that decide and describe, and that another concern may import.
 PURE = {"plan.py", "picture.py", "verdict.py", "forecast.py", "heal.py", "doctor.py"}
+PURE |= {"files.py", "grub.py", "packages.py", "release.py", "rhel.py", "sources.py"}
 
 #: Folders of gpufleet that are no concern: what runs deploys, boots labs and talks to people.
 ABOVE = {"cli", "lab", "run"}
