@@ -235,7 +235,7 @@ def _loaded(kernels: KernelPicture, gpus: GpuPicture, apply: str) -> Iterable[Fi
             "error",
             "CUDA programs cannot start: the device file of unified memory is missing",
             f"no /dev/nvidia-uvm beside {', '.join(sorted(names)) or 'no /dev/nvidia*'}",
-            f"on the host: nvidia-modprobe -u -c=0; or {apply} --only driver",
+            f"{apply} --only driver",
         )
 
 

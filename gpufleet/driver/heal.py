@@ -216,7 +216,8 @@ def _load(kernels: KernelPicture, gpus: GpuPicture, running: Care) -> tuple[Load
     if not gpus.gpus or one is None or one.module is None or bad:
         return "nothing", ()
     if gpus.loaded == one.module.version:
-        return "nothing", ()
+        # Unified memory has a module of its own, and no CUDA program starts without its device.
+        return "nothing" if "nvidia-uvm" in gpus.devices else "load", ()
     if not gpus.loaded and not gpus.nouveau_loaded:
         return "load", ()
     strangers = tuple(name for name in gpus.holders if not name.startswith(_STOPPED))

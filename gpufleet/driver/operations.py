@@ -237,10 +237,15 @@ if [ "$1" != load ]; then
   [ "$1" != unload ] || exit 0
 fi
 modprobe nvidia 2>/dev/null || modprobe "$2" || { start; exit 1; }
-# Without it CUDA finds no device; nvidia-modprobe makes its device nodes.
+# Without it CUDA finds no device. Its node is nvidia-modprobe's to make, or, where that is not
+# installed, made as NVIDIA's installation guide has it.
 modprobe nvidia-uvm 2>/dev/null || modprobe "$2-uvm"
 ! command -v nvidia-modprobe >/dev/null || nvidia-modprobe -c 0 -u
+uvm=$(sed -n 's/^ *\([0-9]*\) nvidia-uvm$/\1/p' /proc/devices)
+[ -e /dev/nvidia-uvm ] || [ -z "$uvm" ] || mknod -m 666 /dev/nvidia-uvm c "$uvm" 0
 start
+[ -e /dev/nvidia-uvm ] || { echo "the module is loaded and /dev/nvidia-uvm is missing: look what \
+modprobe nvidia-uvm says on the host" >&2; exit 1; }
 [ -z "$bad" ] || { echo "the module is loaded and$bad did not start: see journalctl" >&2; exit 1; }
 exit 0
 """
@@ -530,7 +535,7 @@ def loaded(*, settings: Settings, drivers: Drivers) -> Commands:
     """Load the module, or exchange the loaded one for the one on the disk if nobody uses it."""
     at = _look(settings, drivers, tried=True)
     if isinstance(at, Refusal) or at.decision.load == "nothing":
-        host.noop("the module on the disk is the one that is loaded")
+        host.noop("the module on the disk is the one that is loaded, with its devices")
         return
     if at.decision.load == "reboot":
         if settings.kernel.reboot == "when-safe" and at.decision.reboot == "safe":

@@ -344,6 +344,4 @@ def test_a_host_that_does_not_come_back_from_a_reboot(gpu: Gpu) -> None:
     host.path("/root/console").touch()
     until(lambda: fleets.listens(22, host.address), "sshd")
     assert host.settled().sh("cat /proc/sys/kernel/random/boot_id; rm /root/console") != before
-    # What the real driver's udev rules do at boot; the stand-in has none.
-    host.sh("modprobe nvidia-uvm")
     gpu.well()

@@ -77,7 +77,7 @@ GPUS = GpuPicture(
     persistenced="active",
     fabricmanager="absent",
     fabricmanager_version="",
-    devices=("nvidia0",),
+    devices=("nvidia-uvm", "nvidia0", "nvidiactl"),
 )
 CHOICE = Choice(
     source="distribution",
@@ -262,6 +262,10 @@ class TestReadyMadeModules:
 
 class TestTheLoadedModule:
     OTHER = replace(GPUS, loaded="535.230.02")
+
+    def test_is_loaded_again_where_the_device_of_unified_memory_is_missing(self):
+        gpus = replace(GPUS, devices=("nvidia0", "nvidiactl"))
+        assert decide(kernels(kernel(NOW)), gpus).load == "load"
 
     def test_is_loaded_where_none_is(self):
         assert decide(kernels(kernel(NOW)), replace(GPUS, loaded="")).load == "load"
