@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gpufleet.errors import FleetError
 from gpufleet.run import advice, inventory
+from gpufleet.run.alike import Alike
 from gpufleet.run.targets import Target
 from gpufleet.settings import Settings, parse
 
@@ -142,21 +143,22 @@ class Pictures:
     allowed: frozenset[Flavour]
 
 
-def pictures(host: Asker) -> Pictures:
-    """Look at a host's kernels, GPUs and next upgrade: three commands."""
+def pictures(host: Asker, upgrades: Alike[Upgrade]) -> Pictures:
+    """Look at a host's kernels, GPUs and next upgrade: three commands, and one more for the first
+    of the hosts whose packages are in the same state. apt weighs every package that there is,
+    which takes a host most of its time; fleets are made from few images."""
     from gpufleet import catalog
     from gpufleet.driver.facts import GpuFacts
     from gpufleet.driver.plan import allowed
     from gpufleet.kernel.facts import KernelFacts
-    from gpufleet.upgrade.facts import NextUpgrade
+    from gpufleet.upgrade.facts import NextUpgrade, PackageState
+    from gpufleet.upgrade.plan import of_this_host
 
     gpus = host.fact(GpuFacts)
-    return Pictures(
-        host.fact(KernelFacts),
-        gpus,
-        host.fact(NextUpgrade),
-        allowed(gpus, catalog.drivers()),
-    )
+    kernels = host.fact(KernelFacts)
+    state = host.fact(PackageState)
+    upgrade = upgrades.get(state.digest, lambda: host.fact(NextUpgrade))
+    return Pictures(kernels, gpus, of_this_host(upgrade, state), allowed(gpus, catalog.drivers()))
 
 
 def foretell(
@@ -167,8 +169,10 @@ def foretell(
     """The forecast of every host. Raises UsageError for an invalid inventory or limit."""
     from gpufleet.driver.forecast import forecast
 
+    upgrades: Alike[Upgrade] = Alike()
+
     def one(host: Asker) -> Forecast:
-        seen = pictures(host)
+        seen = pictures(host, upgrades)
         return forecast(
             seen.kernels,
             seen.gpus,
@@ -191,8 +195,10 @@ def examine(
     from gpufleet.driver.doctor import findings
     from gpufleet.kernel.plan import leaks, target
 
+    upgrades: Alike[Upgrade] = Alike()
+
     def one(host: Asker) -> tuple[Finding, ...]:
-        seen = pictures(host)
+        seen = pictures(host, upgrades)
         service = host.fact(DemoService, address=f"http://{host.target.demo_on_host}")
         return findings(
             seen.kernels,

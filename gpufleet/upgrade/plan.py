@@ -98,6 +98,16 @@ class Upgrade:
         return self.lists_age_s is None or self.lists_age_s > LISTS_OLD_S
 
 
+@dataclass(frozen=True)
+class State:
+    """The packages of a host and how apt is set up there."""
+
+    digest: str
+    """The same on hosts whose next upgrade is the same; empty without apt."""
+    lists_age_s: int | None
+    """As of `Upgrade`, but of this very host."""
+
+
 #: What is known of a host without apt.
 NONE = Upgrade(available=False)
 
@@ -285,6 +295,13 @@ def begins(pattern: str, name: str) -> bool:
         return re.match(pattern, name) is not None
     except re.error:
         return False  # unattended-upgrades itself stops at it
+
+
+def of_this_host(upgrade: Upgrade, state: State) -> Upgrade:
+    """What a host in the same state said, with the age that the lists have on this one."""
+    return (
+        upgrade if upgrade.lists_age_s is None else replace(upgrade, lists_age_s=state.lists_age_s)
+    )
 
 
 def by_itself(upgrade: Upgrade) -> Upgrade:

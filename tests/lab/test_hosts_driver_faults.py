@@ -199,6 +199,14 @@ def test_a_hold_on_a_package_that_is_not_installed(gpu: Gpu) -> None:
     gpu.sound()
 
 
+def test_the_device_of_unified_memory_that_is_gone(gpu: Gpu) -> None:
+    gpu.host.sh("rm /dev/nvidia-uvm")
+    gpu.finding("error", "CUDA programs cannot start", "no /dev/nvidia-uvm", "--only driver")
+    ok(gpu.apply())
+    assert gpu.host.sh("ls /dev/nvidia-uvm") == "/dev/nvidia-uvm"
+    gpu.sound()
+
+
 def test_an_apt_lock_that_another_process_holds(gpu: Gpu) -> None:
     host, seconds = gpu.host, 20
     host.sh(f"{APT} {FAST} --allow-change-held-packages remove nvidia-modprobe")
