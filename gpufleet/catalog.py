@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     model_validator,
 )
 
-from gpufleet import ROOT
+from gpufleet import ROOT, schema
 from gpufleet.errors import FleetError, UsageError
 
 CATALOG = ROOT / "catalog"
@@ -99,14 +100,6 @@ class Model(_Entry):
         return sum(file.bytes for file in self.files)
 
 
-class Conda(_Entry):
-    """A site's conda channels: `base` is below the host, `cloud` maps a channel to its folder."""
-
-    base: str
-    subchannels: tuple[Literal["main", "r", "msys2"], ...] = ()
-    cloud: Mapping[str, str] = {}
-
-
 class Evidence(_Entry):
     """Where a row comes from: nothing is in the catalogue without a source."""
 
@@ -115,28 +108,237 @@ class Evidence(_Entry):
     state: Literal["verified", "listed", "unverified", "gone"]
 
 
-class Site(_Entry):
-    """One mirror site. A service that is absent is one the site does not carry."""
+#: What a mirror site can carry.
+Service = Literal["apt", "pypi", "conda", "miniconda", "miniforge", "torch", "cuda_apt", "hf"]
+SERVICES: tuple[Service, ...] = get_args(Service)
 
-    title: str
-    host: str
-    domain: str
-    evidence: Evidence
-    pypi: str | None = None
+Provider = Literal["aliyun", "tencent", "huawei", "ctyun", "volces"]
+Subchannel = Literal["main", "r", "msys2"]
+
+SitePath = Annotated[
+    str, Field(pattern=r"^/([A-Za-z0-9][A-Za-z0-9_.+~-]*(/[A-Za-z0-9][A-Za-z0-9_.+~-]*)*/?)?$")
+]
+#: A name, and a port where it is not the scheme's own.
+HostName = Annotated[
+    str,
+    Field(
+        pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*(:[0-9]{1,5})?$"
+    ),
+]
+ChannelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+
+
+class _Service(_Entry):
+    state: Literal["listed", "unverified"] = "listed"
+    """`unverified` is used only where a probe passed or a setting names the site for it."""
+
+
+class Apt(_Service):
+    """A site's distribution archives: archive -> folder."""
+
+    archives: Annotated[
+        Mapping[Literal["debian", "debian-security", "ubuntu", "ubuntu-ports"], SitePath],
+        Field(min_length=1),
+    ]
+
+
+class Pypi(_Service):
+    """A site's simple index."""
+
+    index: SitePath
+
+
+class Conda(_Service):
+    """A site's conda channels: `base` is below the host, `cloud` maps a channel to its folder."""
+
+    base: SitePath
+    subchannels: tuple[Subchannel, ...] = ()
+    unverified: tuple[Subchannel, ...] = ()
+    """Subchannels that only a probe can tell."""
+    cloud: Mapping[ChannelName, SitePath] = {}
+
+
+class Installers(_Service):
+    """The folder of a site that holds a conda distribution's installers."""
+
+    dir: SitePath
+
+
+class Torch(_Service):
+    """Wheels of torch for one CUDA tag such as cu121 or cpu, which `{cuda}` stands for."""
+
+    url: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9][A-Za-z0-9_.-]*)*/\{cuda\}/?$")]
+    style: Literal["simple", "find-links"]
+
+
+class CudaApt(_Service):
+    """A copy of NVIDIA's CUDA package archive: below it are the distributions' folders."""
+
+    url: SitePath
+
+
+class Hf(_Service):
+    """A Hugging Face endpoint."""
+
+    endpoint: SitePath = "/"
+
+
+class Services(_Entry):
+    """What a site carries; a service that is absent is one it does not have."""
+
+    apt: Apt | None = None
+    pypi: Pypi | None = None
     conda: Conda | None = None
-    apt: tuple[Literal["debian", "debian-security", "ubuntu", "ubuntu-ports"], ...] = ()
+    miniconda: Installers | None = None
+    miniforge: Installers | None = None
+    torch: Torch | None = None
+    cuda_apt: CudaApt | None = None
+    hf: Hf | None = None
+
+
+class Internal(_Entry):
+    """The same site inside a cloud, under another name and for some of its services."""
+
+    provider: Provider
+    host: HostName
+    schemes: Annotated[tuple[Literal["https", "http"], ...], Field(min_length=1)] = ("https",)
+    """In the order in which they are tried."""
+    services: Annotated[tuple[Service, ...], Field(min_length=1)]
+
+
+class Gone(_Entry):
+    """A service that a site had once; the row keeps anybody from adding it again."""
+
+    service: Service
+    since: Annotated[str, Field(pattern=r"^20[0-9]{2}-[01][0-9]-[0-3][0-9]$")]
+    source: str
+
+
+def _first_host(data: Mapping[str, object]) -> str:
+    hosts = data.get("hosts")
+    return hosts[0] if isinstance(hosts, tuple) and hosts else ""
+
+
+class Site(_Entry):
+    """One mirror site, of the catalogue or of the setting mirrors.sites."""
+
+    name: str = ""
+    """The key that the site has; whatever reads a table of sites fills it in."""
+    hosts: Annotated[tuple[HostName, ...], Field(min_length=1)]
+    title: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", default_factory=_first_host)]
+    scheme: Literal["https", "http"] = "https"
+    domain: Annotated[str, Field(default_factory=_first_host)]
+    services: Services
+    internal: Internal | None = None
+    evidence: Evidence | None = None
+    gone: tuple[Gone, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Site:
+        both = [row.service for row in self.gone if self.carries(row.service)]
+        if both:
+            raise ValueError(f"{', '.join(both)} is both carried and gone")
+        return self
+
+    @property
+    def host(self) -> str:
+        """The name that the site's addresses have."""
+        return self.hosts[0]
+
     def url(self, path: str) -> str:
-        """The https address of a path on this site."""
-        return f"https://{self.host}{path}"
+        """The address of a path on this site."""
+        return f"{self.scheme}://{self.host}{path}"
+
+    def carries(self, service: Service) -> bool:
+        """Whether the site has the service at all."""
+        return getattr(self.services, service) is not None
+
+    def listed(self, service: Service) -> bool:
+        """Whether the site itself says that it has the service."""
+        found = getattr(self.services, service)
+        return found is not None and found.state == "listed"
+
+    def inside(self, provider: str) -> tuple[Site, ...]:
+        """The site as a cloud's own hosts see it, a value for each scheme; none elsewhere."""
+        inner = self.internal
+        if inner is None or inner.provider != provider:
+            return ()
+        kept = {name: getattr(self.services, name) for name in inner.services}
+        change = {"hosts": (inner.host,), "services": Services(**kept), "internal": None}
+        return tuple(self.model_copy(update={**change, "scheme": s}) for s in inner.schemes)
+
+
+class ListedSite(Site):
+    """A site of the catalogue: never without evidence, never without https."""
+
+    scheme: Literal["https"] = "https"
+    evidence: Evidence
+
+
+def _named(sites: object) -> object:
+    """A table of sites, each told its own name."""
+    if not isinstance(sites, Mapping):
+        return sites
+    return {
+        key: {**site, "name": key} if isinstance(site, Mapping) and "name" not in site else site
+        for key, site in sites.items()
+    }
+
+
+def _free(name: str) -> str:
+    if name in ("official", "auto"):
+        raise ValueError(
+            f"{name} is no name for a site: the setting mirrors.site gives it a meaning"
+        )
+    return name
+
+
+SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$"), AfterValidator(_free)]
+#: Sites that an inventory defines.
+OwnSites = Annotated[Mapping[SiteName, Site], BeforeValidator(_named)]
+
+
+class Exclusion(_Entry):
+    """A site that a provider's hosts do not use."""
+
+    site: str
+    provider: Provider
+    source: str
+
+
+class Policy(_Entry):
+    """How one site is chosen for a service."""
+
+    order: tuple[Literal["pinned", "internal", "measured", "official"], ...]
+    exclude: tuple[Exclusion, ...] = ()
+    hysteresis: Annotated[float, Field(ge=1)]
+    ttl_hours: Annotated[int, Field(gt=0)]
+    on_all_fail: Literal["keep_current", "official"]
+
+    def excluded(self, provider: str) -> frozenset[str]:
+        """Names of the sites that a provider's hosts do not use."""
+        return frozenset(row.site for row in self.exclude if row.provider == provider)
 
 
 class Mirrors(_Entry):
     """catalog/mirrors.yaml."""
 
-    schema_version: Annotated[Literal[1], Field(alias="schema")]
-    sites: Mapping[str, Site]
+    schema_version: Annotated[Literal[2], Field(alias="schema")]
+    policy: Policy
+    sites: Annotated[Mapping[SiteName, ListedSite], BeforeValidator(_named)]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Mirrors:
+        owners: dict[str, str] = {}
+        for name, site in self.sites.items():
+            for host in [*site.hosts, *([site.internal.host] if site.internal else [])]:
+                if owners.setdefault(host, name) != name:
+                    raise ValueError(f"sites {owners[host]} and {name} both have host {host}")
+        for row in self.policy.exclude:
+            if row.site not in self.sites:
+                raise ValueError(f"policy.exclude: no site {row.site}")
+        return self
 
 
 Branch = Annotated[str, Field(pattern=r"^[1-9][0-9]{2}$")]
@@ -267,8 +469,16 @@ def _load(kind: type[_M], path: Path) -> _M:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FleetError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(_problem(kind, e) for e in error.errors())
         raise FleetError(f"{path}: {problems}; correct the catalogue entry") from None
+
+
+def _problem(kind: type[BaseModel], error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    message = error["msg"].removeprefix("Value error, ")
+    near = schema.nearest(kind, error["loc"]) if error["type"] == "extra_forbidden" else ""
+    said = f"{where}: {message}" if where else message
+    return f"{said} (did you mean {near}?)" if near else said
 
 
 def names() -> list[str]:
@@ -291,17 +501,6 @@ def model(name: str) -> Model:
 def mirrors() -> Mirrors:
     """All mirror sites. Raises FleetError for an invalid catalogue."""
     return _load(Mirrors, CATALOG / "mirrors.yaml")
-
-
-def site(name: str) -> Site:
-    """A mirror site by name. Raises UsageError for a name that is not there."""
-    sites = mirrors().sites
-    if name not in sites:
-        raise UsageError(
-            f"setting mirrors.site: no site {name!r}; choose official or one of: "
-            f"{', '.join(sorted(sites))}"
-        )
-    return sites[name]
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from pydantic import (
     ValidationError,
 )
 
+from gpufleet import schema
+from gpufleet.catalog import OwnSites, Service
 from gpufleet.errors import UsageError
 
 #: Inventory data that is pyinfra's own and shares the namespace: connector keys and global
@@ -56,8 +57,33 @@ class Base(_Model):
 
 class Mirrors(_Model):
     site: str = "official"
-    """A site of catalog/mirrors.yaml (nju, tuna, aliyun, …) that apt, pip, uv and conda use on the
-    host; `official` writes nothing."""
+    """Where apt, pip, uv, conda and others get packages on the host: a site of catalog/mirrors.yaml
+    (nju, tuna, aliyun, …) or of `sites`; `auto`: what works and is fastest from that host;
+    `official` writes nothing."""
+
+    pinned: Mapping[Service, str] = {}
+    """Services that get another site than `site` says, or `official`: {"conda": "nju"}."""
+
+    sites: OwnSites = {}
+    """Own sites beside the catalogue's, such as a company's mirror, in the catalogue's format. They
+    may be http."""
+
+    provider: Literal["", "aliyun", "tencent", "huawei", "ctyun", "volces"] = ""
+    """The cloud that the host is in: its own internal mirror comes first with `auto`, and sites
+    that refuse that cloud are left out."""
+
+    exclude: tuple[str, ...] = ()
+    """Sites that `auto` never takes."""
+
+    ttl_hours: Annotated[int, Field(ge=1, le=8760)] = 168
+    """Hours that a measurement of the sites holds."""
+
+    hysteresis: Annotated[float, Field(ge=1, le=100)] = 1.5
+    """How many times as fast another site must be for `auto` to leave the one in use."""
+
+    git_proxy: Annotated[str, Field(pattern=r"^https://[A-Za-z0-9._/:-]+/$")] | None = None
+    """An address that clones from GitHub go through, such as a company's git mirror. It is given to
+    git per command and never written down. Unset: none."""
 
     apt_security: bool = False
     """Also take security updates from the mirror. Off: they stay where the distribution put them,
@@ -207,10 +233,6 @@ def _problem(error: Any) -> str:
     given = json.dumps(error["input"], default=str)[:60]
     if error["type"] != "extra_forbidden":
         return f"setting {where}: {error['msg'].removeprefix('Value error, ')}, not {given}"
-    *parents, wrong = error["loc"]
-    model: Any = Settings
-    for parent in parents:
-        model = model.model_fields[parent].annotation
-    near = difflib.get_close_matches(str(wrong), model.model_fields, n=1)
-    hint = f", did you mean {'.'.join([*map(str, parents), near[0]])}?" if near else ""
+    near = schema.nearest(Settings, error["loc"])
+    hint = f", did you mean {'.'.join([*map(str, error['loc'][:-1]), near])}?" if near else ""
     return f"unknown setting {where}{hint}"

@@ -8,6 +8,10 @@ from pyinfra.api import DeployError
 from gpufleet import catalog
 from gpufleet.catalog import Model
 from gpufleet.errors import FleetError
+from gpufleet.mirrors.choice import Choice, decide
+from gpufleet.mirrors.facts import MirrorFiles
+from gpufleet.mirrors.plan import held
+from gpufleet.seen import fresh
 from gpufleet.settings import Settings, parse
 
 
@@ -21,3 +25,17 @@ def current() -> tuple[Settings, Model]:
         return settings, catalog.model(settings.model)
     except FleetError as error:
         raise DeployError(str(error)) from None
+
+
+def mirror_choice() -> Choice:
+    """Where the host at hand gets each kind of package from.
+
+    One command, whichever concern asks first. Raises DeployError for a setting that names a site
+    that is not there.
+    """
+    settings, _ = current()
+    current_sites = held(fresh(MirrorFiles).record)
+    try:
+        return decide(settings.mirrors, catalog.mirrors(), current=current_sites)
+    except FleetError as error:
+        raise DeployError(f"{host.name}: {error}") from None

@@ -16,6 +16,7 @@ from gpufleet.catalog import Drivers
 from gpufleet.driver.facts import GpuFacts
 from gpufleet.errors import FleetError
 from gpufleet.kernel.facts import KernelFacts
+from gpufleet.mirrors.choice import check as check_mirrors
 from gpufleet.preflight.facts import Preflight
 from gpufleet.preflight.local import missing_programs
 from gpufleet.preflight.plan import driver_findings, findings
@@ -48,8 +49,7 @@ def _check(one: Host) -> list[str]:
         noted(error)
         return found
     try:
-        if settings.mirrors.site != "official":
-            catalog.site(settings.mirrors.site)
+        check_mirrors(settings.mirrors, catalog.mirrors())
     except FleetError as error:
         noted(error)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyinfra.api import FactBase, StringCommand
 
 from gpufleet.managed.facts import STATE
-from gpufleet.mirrors.plan import CONDARC, PIP_CONF, UV_TOML, AptSources, parse_sources
+from gpufleet.mirrors.plan import CONDARC, PIP_CONF, RECORD, UV_TOML, AptSources, parse_sources
 from gpufleet.shell import script
 
 # A source file that gpufleet replaced is read as it was before, so that a second apply, or a
@@ -18,7 +18,8 @@ for p in /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.l
   if [ -e "$o" ] && [ -e {STATE}/written"$p" ]; then src=$o; else src=$p; fi
   if [ -f "$src" ]; then printf 'file\t%s\n' "$p"; sed 's/^/+/' "$src"; echo; fi
 done
-for p in {PIP_CONF} {UV_TOML} {CONDARC} /etc/apt/sources.list \
+if [ -f {RECORD} ]; then printf 'file\t%s\n' {RECORD}; sed 's/^/+/' {RECORD}; echo; fi
+for p in {PIP_CONF} {UV_TOML} {CONDARC} {RECORD} /etc/apt/sources.list \
     /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
   if [ -e {STATE}/written"$p" ]; then printf 'written\t%s\n' "$p"; fi
 done

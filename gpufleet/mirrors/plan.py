@@ -1,24 +1,30 @@
-"""Decides what a chosen mirror site writes on a host: whole files, from one choice."""
+"""Decides what a choice of mirror sites writes on a host: whole files, from one choice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from gpufleet import render
 from gpufleet.apt_sources import Entry, archive, is_distribution, parse, split_security
-from gpufleet.catalog import Site
+from gpufleet.catalog import Apt, Conda, Site
 from gpufleet.errors import FleetError
 from gpufleet.managed.plan import ManagedFile
+from gpufleet.mirrors.choice import Choice
 
 PIP_CONF = "/etc/pip.conf"
 UV_TOML = "/etc/uv/uv.toml"
 CONDARC = "/etc/conda/.condarc"
 
+#: What a choice by measurement remembers on the host.
+RECORD = "/var/lib/gpufleet/mirrors-choice.json"
+
 
 @dataclass(frozen=True)
 class AptSources:
-    """A host's distribution and its apt source files as they were before gpufleet wrote any."""
+    """A host's distribution, its apt source files as they were before gpufleet wrote any, and what
+    gpufleet remembers there about mirrors."""
 
     os: str
     codename: str
@@ -26,6 +32,8 @@ class AptSources:
     """Path → original text."""
     written: tuple[str, ...]
     """Paths of mirror configuration that gpufleet has written on this host."""
+    record: str = ""
+    """The text of `RECORD`, empty if there is none."""
 
 
 def parse_sources(lines: Iterable[str]) -> AptSources:
@@ -47,32 +55,71 @@ def parse_sources(lines: Iterable[str]) -> AptSources:
             path = value
             files[path] = []
     texts = {path: "\n".join([*text, ""]) for path, text in files.items()}
-    return AptSources(os, codename, texts, tuple(written))
+    record = texts.pop(RECORD, "")
+    return AptSources(os, codename, texts, tuple(written), record)
 
 
-def wanted(site: Site, apt_security: bool, sources: AptSources) -> list[ManagedFile]:
-    """Every file that this site writes on this host."""
+def wanted(choice: Choice, apt_security: bool, sources: AptSources) -> list[ManagedFile]:
+    """Every file that this choice writes on this host."""
     files: list[ManagedFile] = []
-    if site.pypi is not None:
-        files.append(ManagedFile(PIP_CONF, render.text("pip.conf.j2", site=site)))
-        files.append(ManagedFile(UV_TOML, render.text("uv.toml.j2", site=site)))
-    if site.conda is not None:
-        defaults = [site.url(f"{site.conda.base}/pkgs/{sub}") for sub in site.conda.subchannels]
-        text, back = render.checked_yaml("condarc.j2", site=site, default_channels=defaults)
-        if back["default_channels"] != defaults:
-            raise FleetError("templates/condarc.j2: default_channels did not survive rendering")
-        files.append(ManagedFile(CONDARC, text))
+    pypi, conda, apt = choice.site("pypi"), choice.site("conda"), choice.site("apt")
+    if pypi is not None and pypi.services.pypi is not None:
+        index = pypi.url(pypi.services.pypi.index)
+        files.append(ManagedFile(PIP_CONF, render.text("pip.conf.j2", site=pypi, index=index)))
+        files.append(ManagedFile(UV_TOML, render.text("uv.toml.j2", site=pypi, index=index)))
+    if conda is not None and conda.services.conda is not None:
+        files.append(ManagedFile(CONDARC, _condarc(conda, conda.services.conda)))
+    if apt is not None and apt.services.apt is not None:
+        files += _apt(apt, apt.services.apt, apt_security, sources)
+    if choice.automatic:
+        files.append(ManagedFile(RECORD, record(choice)))
+    return files
+
+
+def record(choice: Choice) -> str:
+    """What a later run must know of this choice: the sites that it puts in force, by service."""
+    held = {
+        name: pick.site.model_dump(mode="json", exclude_defaults=True)
+        for name, pick in choice.picks.items()
+        if pick.site is not None
+    }
+    return json.dumps({"version": 1, "sites": held}, ensure_ascii=False, indent=1) + "\n"
+
+
+def held(text: str) -> dict[str, Site]:
+    """The sites of a record, by service; none if it is of another version or no record at all."""
+    try:
+        document = json.loads(text)
+        if document["version"] != 1:
+            return {}
+        return {name: Site.model_validate(site) for name, site in document["sites"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _condarc(site: Site, conda: Conda) -> str:
+    defaults = [site.url(f"{conda.base}/pkgs/{sub}") for sub in conda.subchannels]
+    custom = {channel: site.url(folder) for channel, folder in conda.cloud.items()}
+    text, back = render.checked_yaml(
+        "condarc.j2", site=site, default_channels=defaults, custom_channels=custom
+    )
+    if (back["default_channels"], back["custom_channels"]) != (defaults, custom):
+        raise FleetError("templates/condarc.j2: the channels did not survive rendering")
+    return text
+
+
+def _apt(site: Site, apt: Apt, security: bool, sources: AptSources) -> Iterator[ManagedFile]:
+    addresses: dict[str, str] = {name: site.url(folder) for name, folder in apt.archives.items()}
     for path, text in sources.files.items():
         entries = parse(path, text)
         mirrored = [
             part
             for entry in entries
-            for part in _mirrored(entry, site, apt_security, sources.os, sources.codename)
+            for part in _mirrored(entry, addresses, security, sources.os, sources.codename)
         ]
         if mirrored != entries:
             template = "apt.sources.j2" if path.endswith(".sources") else "apt.list.j2"
-            files.append(ManagedFile(path, render.text(template, site=site, entries=mirrored)))
-    return files
+            yield ManagedFile(path, render.text(template, site=site, entries=mirrored))
 
 
 def stale(files: Iterable[ManagedFile], sources: AptSources) -> list[str]:
@@ -82,14 +129,14 @@ def stale(files: Iterable[ManagedFile], sources: AptSources) -> list[str]:
 
 
 def _mirrored(
-    entry: Entry, site: Site, apt_security: bool, os: str, codename: str
+    entry: Entry, addresses: Mapping[str, str], apt_security: bool, os: str, codename: str
 ) -> Iterable[Entry]:
     """The entry with the site's address where the site carries the archive and may serve it."""
     archives = [archive(uri) for uri in entry.uris]
-    if not is_distribution(entry, os, codename) or not all(a in site.apt for a in archives):
+    if not is_distribution(entry, os, codename) or not all(a in addresses for a in archives):
         yield entry
         return
-    uris = tuple(dict.fromkeys(site.url(f"/{name}") for name in archives))
+    uris = tuple(dict.fromkeys(addresses[name] for name in archives))
     plain, security = split_security(entry)
     for part, allowed in ((plain, True), (security, apt_security)):
         if part is not None:

@@ -21,9 +21,29 @@ base = {
 }
 
 mirrors = {
-    # A site of catalog/mirrors.yaml (nju, tuna, aliyun, ...) that apt, pip, uv and conda use on
-    # the host. `official` writes nothing, and puts back what an earlier site replaced.
+    # Where apt, pip, uv, conda and others get packages on the host: a site of catalog/mirrors.yaml
+    # (nju, tuna, aliyun, ...) or of `sites` below; `auto`: what works and is fastest from that
+    # host. `official` writes nothing, and puts back what an earlier site replaced.
     "site": "official",
+    # Services (apt, pypi, conda, miniconda, miniforge, torch, cuda_apt, hf) that get another site
+    # than `site` says, or `official`: {"conda": "nju"}.
+    "pinned": {},
+    # Own sites beside the catalogue's, such as a company's mirror, in the catalogue's format:
+    # {"work": {"hosts": ["mirror.example.net"], "services": {"pypi": {"index": "/pypi/simple"}}}}.
+    # They may be http: {"scheme": "http"}.
+    "sites": {},
+    # The cloud that the host is in (aliyun, tencent, huawei, ctyun, volces): its own internal
+    # mirror comes first with `auto`, and sites that refuse that cloud are left out.
+    "provider": "",
+    # Sites that `auto` never takes.
+    "exclude": [],
+    # Hours that a measurement of the sites holds.
+    "ttl_hours": 168,
+    # How many times as fast another site must be for `auto` to leave the one in use.
+    "hysteresis": 1.5,
+    # An address that clones from GitHub go through, such as a company's git mirror. It is given to
+    # git per command and never written down. None: none.
+    "git_proxy": None,
     # Also take security updates from the mirror. Off, because a mirror may lag by a day.
     "apt_security": False,
 }

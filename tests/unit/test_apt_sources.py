@@ -89,7 +89,7 @@ X-Repolib-Name: Tool
 def written(path: str, entries: list[Entry]) -> str:
     """The entries as gpufleet writes them to that path."""
     template = "apt.sources.j2" if path.endswith(".sources") else "apt.list.j2"
-    return render.text(template, site=catalog.site("nju"), entries=entries)
+    return render.text(template, site=catalog.mirrors().sites["nju"], entries=entries)
 
 
 def test_a_deb822_file_of_several_stanzas_is_read_whole():

@@ -5,14 +5,15 @@ from __future__ import annotations
 import datetime as dt
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from gpufleet import ROOT, catalog
-from gpufleet.catalog import Model
+from gpufleet.catalog import SERVICES, Model, Provider
 from gpufleet.errors import FleetError, UsageError
 from gpufleet.weights import manifest
 
@@ -85,50 +86,83 @@ def test_an_unknown_model_lists_the_choices(copy: Path):
     assert one_line(error) == "setting model: no model 'smal'; choose one of: small"
 
 
-def test_an_unknown_site_lists_the_choices():
-    with pytest.raises(UsageError) as error:
-        catalog.site("tsinghua")
-    message = one_line(error)
-    assert message.startswith("setting mirrors.site: no site 'tsinghua'; choose official or one of")
-    assert all(name in message for name in SITES)
-
-
 @pytest.mark.parametrize("name", sorted(SITES))
 class TestEverySite:
     def test_its_addresses_are_https_below_its_own_host(self, name: str):
-        site = catalog.site(name)
-        conda = site.conda
-        paths = [site.pypi] if site.pypi else []
-        paths += [conda.base, *conda.cloud.values()] if conda else []
-        for path in paths:
-            assert re.fullmatch(rf"https://{re.escape(site.host)}(/[\w.-]+)+", site.url(path))
+        site = SITES[name]
+        for path in paths(site.services.model_dump(exclude={"hf"})):
+            address = site.url(path.replace("{cuda}", "cu121"))
+            assert re.fullmatch(rf"https://{re.escape(site.host)}(/[\w.-]+)+/?", address)
 
     def test_it_says_where_it_is_known_from_and_when_that_was_seen(self, name: str):
-        evidence = catalog.site(name).evidence
+        evidence = SITES[name].evidence
         assert evidence.source
         assert dt.date(2026, 1, 1) <= dt.date.fromisoformat(evidence.seen)
 
     def test_it_carries_something(self, name: str):
-        site = catalog.site(name)
-        assert site.pypi or site.conda or site.apt
+        assert any(SITES[name].carries(service) for service in SERVICES)
+
+    def test_it_does_not_carry_what_is_gone(self, name: str):
+        site = SITES[name]
+        assert [row.service for row in site.gone if site.carries(row.service)] == []
+
+    def test_it_knows_its_own_name(self, name: str):
+        assert SITES[name].name == name
 
 
 def test_no_two_sites_share_a_host():
-    hosts = [site.host for site in SITES.values()]
+    hosts = [host for site in SITES.values() for host in site.hosts]
+    hosts += [site.internal.host for site in SITES.values() if site.internal]
     assert len(set(hosts)) == len(hosts)
 
 
 def test_sites_that_took_a_service_down_do_not_offer_it():
     """BFSU has no conda since 2024-04-28, ZJU's PyPI redirects off campus."""
-    assert SITES["bfsu"].conda is None
-    assert SITES["zju"].pypi is None
-    assert SITES["hust"].conda is None
-    assert SITES["tuna"].conda is not None
-    assert SITES["tuna"].conda.subchannels == ("main",)
+    bfsu = SITES["bfsu"]
+    assert not bfsu.carries("conda")
+    assert ("conda", "2024-04-28") in {(row.service, row.since) for row in bfsu.gone}
+    assert not SITES["zju"].carries("pypi")
+    assert not SITES["hust"].carries("conda")
+    tuna = SITES["tuna"].services.conda
+    assert tuna is not None
+    assert tuna.subchannels == ("main",)
 
 
-def test_official_is_no_site():
-    assert "official" not in SITES
+def test_what_others_say_of_a_site_is_marked_as_that():
+    for name in ("aliyun", "tencent", "huawei"):
+        assert SITES[name].carries("conda")
+        assert not SITES[name].listed("conda")
+
+
+def test_torch_wheels_are_an_index_or_a_flat_page():
+    styles = {n: s.services.torch.style for n, s in SITES.items() if s.services.torch}
+    assert styles == {"nju": "simple", "sjtu": "simple", "aliyun": "find-links"}
+
+
+def test_inside_a_cloud_a_site_has_another_name_and_fewer_services():
+    https, http = SITES["aliyun"].inside("aliyun")
+    assert https.url("/x") == "https://mirrors.cloud.aliyuncs.com/x"
+    assert http.url("/x") == "http://mirrors.cloud.aliyuncs.com/x"
+    assert [s for s in SERVICES if https.carries(s)] == ["apt", "pypi"]
+    assert SITES["aliyun"].inside("tencent") == SITES["nju"].inside("aliyun") == ()
+
+
+def test_every_cloud_has_its_internal_mirror():
+    providers = {site.internal.provider for site in SITES.values() if site.internal}
+    assert providers == set(get_args(Provider))
+
+
+def test_alibabas_hosts_do_not_use_the_site_that_refuses_them():
+    policy = catalog.mirrors().policy
+    assert policy.excluded("aliyun") == {"tuna"}
+    assert policy.excluded("") == policy.excluded("huawei") == frozenset()
+
+
+def paths(value: Any) -> list[str]:
+    """Every path in what a site says of its services."""
+    if isinstance(value, Mapping):
+        return [path for one in value.values() for path in paths(one)]
+    return [value] if isinstance(value, str) and value.startswith("/") else []
 
 
 def broken(copy: Path, change: Any, name: str = "models/small.yaml") -> str:
@@ -145,6 +179,11 @@ def broken(copy: Path, change: Any, name: str = "models/small.yaml") -> str:
     message = one_line(error)
     assert message.startswith(f"{path}: ")
     return message
+
+
+def services(catalogue: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = catalogue["sites"]["nju"]["services"]
+    return found
 
 
 def test_the_unspoilt_copy_loads(copy: Path, model: Model):
@@ -186,9 +225,34 @@ def test_a_wrong_model_entry_is_refused_naming_file_and_key(copy: Path, change: 
     ("change", "key"),
     [
         (lambda d: d["sites"]["nju"].update(hots="x"), "sites.nju.hots"),
+        (lambda d: d["sites"]["nju"].update(hots="x"), "(did you mean hosts?)"),
         (lambda d: d["sites"]["nju"].pop("evidence"), "sites.nju.evidence"),
-        (lambda d: d["sites"]["nju"]["apt"].append("fedora"), "sites.nju.apt"),
-        (lambda d: d["sites"]["nju"]["conda"]["subchannels"].append("free"), "conda.subchannels"),
+        (lambda d: d["sites"]["nju"].update(scheme="http"), "sites.nju.scheme"),
+        (lambda d: d["sites"]["nju"].update(hosts=[]), "sites.nju.hosts"),
+        (lambda d: d["sites"]["nju"].update(hosts=["https://x.example/"]), "sites.nju.hosts.0"),
+        (lambda d: d["sites"]["nju"].update(hosts=["mirrors.zju.edu.cn"]), "nju and zju both"),
+        (lambda d: services(d)["apt"]["archives"].update(fedora="/f"), "apt.archives.fedora"),
+        (lambda d: services(d)["apt"]["archives"].update(debian="debian"), "archives.debian"),
+        (lambda d: services(d).update(pypy={"index": "/p"}), "pypy: "),
+        (lambda d: services(d).update(pypy={"index": "/p"}), "(did you mean pypi?)"),
+        (lambda d: services(d)["pypi"].update(indx="/p"), "(did you mean index?)"),
+        (lambda d: services(d)["pypi"].update(index="/../p"), "services.pypi.index"),
+        (lambda d: services(d)["pypi"].update(index="/p q"), "services.pypi.index"),
+        (lambda d: services(d)["conda"]["subchannels"].append("free"), "conda.subchannels"),
+        (lambda d: services(d)["torch"].update(url="/whl"), "services.torch.url"),
+        (lambda d: services(d)["torch"].update(style="flat"), "services.torch.style"),
+        (
+            lambda d: d["sites"]["bfsu"]["services"].update(conda={"base": "/anaconda"}),
+            "conda is both carried and gone",
+        ),
+        (lambda d: d["sites"]["bfsu"]["gone"][0].update(since="2024"), "gone.0.since"),
+        (lambda d: d["sites"]["aliyun"]["internal"].update(provider="aws"), "internal.provider"),
+        (lambda d: d["sites"].update(auto=d["sites"].pop("nju")), "auto is no name for a site"),
+        (lambda d: d["policy"]["exclude"][0].update(site="tona"), "no site tona"),
+        (lambda d: d["policy"].update(hysteresis=0.5), "policy.hysteresis"),
+        (lambda d: d["policy"]["order"].append("fastest"), "policy.order.4"),
+        (lambda d: d.update(polcy={}), "(did you mean policy?)"),
+        (lambda d: d.update(schema=1), "schema"),
         (lambda d: d["sites"]["nju"]["evidence"].update(state="sure"), "evidence.state"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

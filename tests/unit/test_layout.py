@@ -21,8 +21,22 @@ TASKS = sorted((ROOT / "tasks").glob("*.py"))
 IMPURE = {"pyinfra", "pyinfra_cli", "gevent", "subprocess", "socket", "requests", "paramiko", "os"}
 
 #: Modules of a concern that decide and describe, and that another concern may import.
-PURE = {"plan.py", "picture.py", "verdict.py", "forecast.py", "heal.py", "doctor.py"}
-PURE |= {"files.py", "grub.py", "packages.py", "release.py", "rhel.py", "sources.py"}
+PURE = {
+    "choice.py",
+    "doctor.py",
+    "files.py",
+    "forecast.py",
+    "grub.py",
+    "heal.py",
+    "packages.py",
+    "picture.py",
+    "plan.py",
+    "probe.py",
+    "release.py",
+    "rhel.py",
+    "sources.py",
+    "verdict.py",
+}
 
 #: Folders of gpufleet that are no concern: what runs deploys, boots labs and talks to people.
 ABOVE = {"cli", "lab", "run"}

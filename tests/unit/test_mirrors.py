@@ -13,8 +13,9 @@ import yaml
 
 from gpufleet import catalog
 from gpufleet.apt_sources import parse
-from gpufleet.catalog import Site
+from gpufleet.catalog import SERVICES, Service, Site
 from gpufleet.managed.facts import STATE
+from gpufleet.mirrors.choice import Choice, Pick
 from gpufleet.mirrors.facts import MirrorFiles
 from gpufleet.mirrors.plan import (
     CONDARC,
@@ -43,53 +44,61 @@ Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 """
 DOCKER_TEXT = "deb [arch=amd64] https://download.example.org/linux/debian bookworm stable\n"
 HOST = AptSources("debian", "bookworm", {DEBIAN: DEBIAN_TEXT, DOCKER: DOCKER_TEXT}, ())
+SITES = catalog.mirrors().sites
 NJU = "https://mirrors.nju.edu.cn"
 
 
+def carrying(service: Service) -> list[str]:
+    return [name for name, site in SITES.items() if site.listed(service)]
+
+
+def everything(site: Site) -> Choice:
+    """The choice of one site for all that it is known to carry."""
+    taken = {s: Pick(s, site, "pinned", "a test") for s in SERVICES if site.listed(s)}
+    return Choice(taken)
+
+
 def texts(site: Site, sources: AptSources = HOST, *, security: bool = False) -> dict[str, str]:
-    files = wanted(site, security, sources)
+    files = wanted(everything(site), security, sources)
     assert len({file.path for file in files}) == len(files)
     return {file.path: file.content for file in files}
 
 
 def bare(**services: object) -> Site:
     """A site with these services only."""
-    evidence = {"source": "a test", "seen": "2026-11-01", "state": "listed"}
-    return Site.model_validate(
-        {"title": "T", "host": "m.example.org", "domain": "d", "evidence": evidence, **services}
-    )
+    return Site.model_validate({"hosts": ["m.example.org"], "services": services})
 
 
 def test_one_choice_writes_pip_uv_conda_and_the_distributions_sources():
-    assert set(texts(catalog.site("nju"))) == {PIP_CONF, UV_TOML, CONDARC, DEBIAN}
+    assert set(texts(SITES["nju"])) == {PIP_CONF, UV_TOML, CONDARC, DEBIAN}
 
 
 def test_the_files_are_roots_and_readable_by_all():
-    for file in wanted(catalog.site("nju"), True, HOST):
+    for file in wanted(everything(SITES["nju"]), True, HOST):
         assert (file.mode, file.owner, file.group) == ("644", "root", "root")
 
 
 def test_pip_conf_has_exactly_this_text():
-    assert texts(catalog.site("nju"))[PIP_CONF] == (
+    assert texts(SITES["nju"])[PIP_CONF] == (
         "# Written by gpufleet: 南京大学 Nanjing University. "
         "To change it, set mirrors.site and apply.\n"
         f"[global]\nindex-url = {NJU}/pypi/web/simple\n"
     )
 
 
-@pytest.mark.parametrize("name", [n for n, s in catalog.mirrors().sites.items() if s.pypi])
+@pytest.mark.parametrize("name", carrying("pypi"))
 def test_pip_conf_sets_the_sites_index_and_nothing_else(name: str):
     """Above all no extra index: pip has no priorities, so that one is open to anybody's names."""
-    site = catalog.site(name)
+    site = SITES[name]
     parser = configparser.RawConfigParser()
     parser.read_string(texts(site)[PIP_CONF])
     options = {section: dict(parser[section]) for section in parser.sections()}
-    assert options == {"global": {"index-url": f"https://{site.host}{site.pypi}"}}
+    assert options == {"global": {"index-url": f"https://{site.host}{site.services.pypi.index}"}}
 
 
 def test_pip_itself_reads_the_sites_index_and_nothing_else(tmp_path: Path):
     conf = tmp_path / "pip.conf"
-    conf.write_text(texts(catalog.site("nju"))[PIP_CONF], "utf-8")
+    conf.write_text(texts(SITES["nju"])[PIP_CONF], "utf-8")
     empty = tmp_path / "empty.conf"
     empty.touch()
 
@@ -110,19 +119,18 @@ def test_pip_itself_reads_the_sites_index_and_nothing_else(tmp_path: Path):
     assert {line for line in with_file - without if "index-url" not in line} == set()
 
 
-@pytest.mark.parametrize("name", [n for n, s in catalog.mirrors().sites.items() if s.pypi])
+@pytest.mark.parametrize("name", carrying("pypi"))
 def test_uv_toml_names_the_site_as_the_one_default_index(name: str):
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
-    site = catalog.site(name)
+    site = SITES[name]
     assert tomllib.loads(texts(site)[UV_TOML]) == {
-        "index": [{"url": f"https://{site.host}{site.pypi}", "default": True}]
+        "index": [{"url": f"https://{site.host}{site.services.pypi.index}", "default": True}]
     }
 
 
-@pytest.mark.parametrize("name", [n for n, s in catalog.mirrors().sites.items() if s.conda])
+@pytest.mark.parametrize("name", carrying("conda"))
 def test_condarc_maps_defaults_and_every_community_channel_to_the_site(name: str):
-    site = catalog.site(name)
-    assert site.conda is not None
+    site = SITES[name]
     condarc = yaml.safe_load(texts(site)[CONDARC])
     assert set(condarc) == {
         "channels",
@@ -131,7 +139,7 @@ def test_condarc_maps_defaults_and_every_community_channel_to_the_site(name: str
         "custom_channels",
     }
     assert condarc["channels"] == ["conda-forge"]
-    assert set(condarc["custom_channels"]) == set(site.conda.cloud) >= {"conda-forge"}
+    assert set(condarc["custom_channels"]) == set(site.services.conda.cloud) >= {"conda-forge"}
     for url in [*condarc["default_channels"], *condarc["custom_channels"].values()]:
         assert url.startswith(f"https://{site.host}/")
     # conda appends the channel's name to the base, which therefore must not hold it
@@ -140,7 +148,7 @@ def test_condarc_maps_defaults_and_every_community_channel_to_the_site(name: str
 
 
 def test_condarc_of_a_site_with_all_subchannels():
-    condarc = yaml.safe_load(texts(catalog.site("nju"))[CONDARC])
+    condarc = yaml.safe_load(texts(SITES["nju"])[CONDARC])
     assert condarc["default_channels"] == [
         f"{NJU}/anaconda/pkgs/{sub}" for sub in ("main", "r", "msys2")
     ]
@@ -148,13 +156,13 @@ def test_condarc_of_a_site_with_all_subchannels():
 
 
 def test_zju_serves_the_nvidia_channel_from_another_base():
-    condarc = yaml.safe_load(texts(catalog.site("zju"))[CONDARC])
+    condarc = yaml.safe_load(texts(SITES["zju"])[CONDARC])
     assert condarc["custom_channels"]["nvidia"] == "https://mirrors.zju.edu.cn/anaconda-r"
 
 
 def test_apt_takes_packages_from_the_site_and_leaves_security_where_it_was():
     original = parse(DEBIAN, DEBIAN_TEXT)
-    plain, security = parse(DEBIAN, texts(catalog.site("nju"))[DEBIAN])
+    plain, security = parse(DEBIAN, texts(SITES["nju"])[DEBIAN])
     assert plain.uris == (f"{NJU}/debian",)
     assert (plain.suites, plain.components) == (original[0].suites, original[0].components)
     assert plain.options == original[0].options
@@ -163,28 +171,28 @@ def test_apt_takes_packages_from_the_site_and_leaves_security_where_it_was():
 
 def test_apt_takes_security_along_when_it_is_told_to():
     original = parse(DEBIAN, DEBIAN_TEXT)
-    plain, security = parse(DEBIAN, texts(catalog.site("nju"), security=True)[DEBIAN])
+    plain, security = parse(DEBIAN, texts(SITES["nju"], security=True)[DEBIAN])
     assert plain.uris == (f"{NJU}/debian",)
     assert security.uris == (f"{NJU}/debian-security",)
     assert security.suites == original[1].suites
 
 
 def test_security_stays_where_it_was_when_the_site_does_not_carry_it():
-    site = catalog.site("aliyun")
-    assert "debian-security" not in site.apt
+    site = SITES["aliyun"]
+    assert "debian-security" not in site.services.apt.archives
     _, security = parse(DEBIAN, texts(site, security=True)[DEBIAN])
     assert security == parse(DEBIAN, DEBIAN_TEXT)[1]
 
 
 def test_a_third_partys_source_is_never_written():
-    assert DOCKER not in texts(catalog.site("nju"), security=True)
+    assert DOCKER not in texts(SITES["nju"], security=True)
 
 
 def test_a_third_partys_entry_in_a_shared_file_is_written_back_as_it_was():
     path = "/etc/apt/sources.list"
     text = "deb http://deb.example.org/debian bookworm main\n" + DOCKER_TEXT
     sources = AptSources("debian", "bookworm", {path: text}, ())
-    own, other = parse(path, texts(catalog.site("nju"), sources)[path])
+    own, other = parse(path, texts(SITES["nju"], sources)[path])
     assert own.uris == (f"{NJU}/debian",)
     assert other == parse(path, DOCKER_TEXT)[0]
 
@@ -196,7 +204,7 @@ def test_an_ubuntu_stanza_with_all_suites_is_split_for_its_security():
         "Suites: noble noble-updates noble-security\nComponents: main universe\n"
     )
     sources = AptSources("ubuntu", "noble", {path: text}, ())
-    plain, security = parse(path, texts(catalog.site("tuna"), sources)[path])
+    plain, security = parse(path, texts(SITES["tuna"], sources)[path])
     assert plain.uris == ("https://mirrors.tuna.tsinghua.edu.cn/ubuntu",)
     assert plain.suites == ("noble", "noble-updates")
     assert security.uris == ("http://archive.example.org/ubuntu/",)
@@ -212,7 +220,7 @@ def test_debians_own_cloud_image_is_pointed_at_the_site():
         "Suites: bookworm-security\nComponents: main\n"
     )
     sources = AptSources("debian", "bookworm", {DEBIAN: text}, ())
-    files = texts(catalog.site("nju"), sources, security=True)
+    files = texts(SITES["nju"], sources, security=True)
     assert DEBIAN in files
     plain, security = parse(DEBIAN, files[DEBIAN])
     assert plain.uris == (f"{NJU}/debian",)
@@ -226,16 +234,16 @@ def test_two_addresses_of_one_archive_become_one():
         "Suites: bookworm\nComponents: main\n"
     )
     sources = AptSources("debian", "bookworm", {path: text}, ())
-    (entry,) = parse(path, texts(catalog.site("nju"), sources)[path])
+    (entry,) = parse(path, texts(SITES["nju"], sources)[path])
     assert entry.uris == (f"{NJU}/debian",)
 
 
 def test_a_site_without_a_service_writes_nothing_for_it():
-    assert set(texts(bare(pypi="/pypi/simple"))) == {PIP_CONF, UV_TOML}
+    assert set(texts(bare(pypi={"index": "/pypi/simple"}))) == {PIP_CONF, UV_TOML}
     conda = {"base": "/anaconda", "cloud": {"conda-forge": "/anaconda/cloud"}}
     assert set(texts(bare(conda=conda))) == {CONDARC}
-    assert set(texts(bare(apt=["debian"]))) == {DEBIAN}
-    assert texts(bare(apt=["ubuntu"])) == {}
+    assert set(texts(bare(apt={"archives": {"debian": "/debian"}}))) == {DEBIAN}
+    assert texts(bare(apt={"archives": {"ubuntu": "/ubuntu"}})) == {}
 
 
 def test_a_site_without_the_archive_does_not_rewrite_a_stanza_that_holds_all_suites():
@@ -244,7 +252,9 @@ def test_a_site_without_the_archive_does_not_rewrite_a_stanza_that_holds_all_sui
         "Types: deb\nURIs: http://archive.example.org/ubuntu/\n"
         "Suites: noble noble-security\nComponents: main\n"
     )
-    assert texts(bare(pypi="/p"), AptSources("ubuntu", "noble", {path: text}, ())).keys() == {
+    assert texts(
+        bare(pypi={"index": "/p"}), AptSources("ubuntu", "noble", {path: text}, ())
+    ).keys() == {
         PIP_CONF,
         UV_TOML,
     }
@@ -252,9 +262,13 @@ def test_a_site_without_the_archive_does_not_rewrite_a_stanza_that_holds_all_sui
 
 def test_what_an_earlier_site_wrote_and_this_one_does_not_is_put_back():
     sources = AptSources("debian", "bookworm", HOST.files, (PIP_CONF, UV_TOML, CONDARC, DEBIAN))
-    nju, volces = catalog.site("nju"), catalog.site("volces")
-    assert stale(wanted(nju, False, sources), sources) == []
-    assert stale(wanted(volces, False, sources), sources) == [PIP_CONF, UV_TOML, CONDARC]
+    nju, volces = SITES["nju"], SITES["volces"]
+    assert stale(wanted(everything(nju), False, sources), sources) == []
+    assert stale(wanted(everything(volces), False, sources), sources) == [
+        PIP_CONF,
+        UV_TOML,
+        CONDARC,
+    ]
     assert stale([], sources) == [PIP_CONF, UV_TOML, CONDARC, DEBIAN]
     assert stale([], HOST) == []
 

@@ -96,6 +96,13 @@ def test_an_unknown_nested_setting_is_refused_with_the_nearest_full_name():
     assert "unknown setting demo.prot, did you mean demo.port?" in message
 
 
+def test_a_typo_in_an_own_site_is_refused_with_the_nearest_full_name():
+    site = {"hosts": ["m.example.net"], "services": {"pypi": {"indx": "/simple"}}}
+    message = refusal({"mirrors": {"sites": {"work": site}}})
+    wrong = "mirrors.sites.work.services.pypi.indx"
+    assert f"unknown setting {wrong}, did you mean {wrong[:-4]}index?" in message
+
+
 def test_an_unknown_setting_that_resembles_none_is_refused_without_a_guess():
     message = refusal({"zzzzzz": 1})
     assert "unknown setting zzzzzz;" in message
@@ -142,6 +149,15 @@ def test_every_wrong_setting_is_named_at_once():
         ({"accelerator": "tpu"}, "setting accelerator: "),
         ({"python_env": {"source": "conda"}}, "setting python_env.source: "),
         ({"mirrors": {"site": 5}}, "setting mirrors.site: "),
+        ({"mirrors": {"provider": "aws"}}, "setting mirrors.provider: "),
+        ({"mirrors": {"ttl_hours": 0}}, "setting mirrors.ttl_hours: "),
+        ({"mirrors": {"hysteresis": 0.9}}, "setting mirrors.hysteresis: "),
+        ({"mirrors": {"exclude": "tuna"}}, "setting mirrors.exclude: "),
+        ({"mirrors": {"pinned": {"pipy": "nju"}}}, "setting mirrors.pinned.pipy"),
+        ({"mirrors": {"git_proxy": "http://x/"}}, "setting mirrors.git_proxy: "),
+        ({"mirrors": {"git_proxy": "https://a:token@x/"}}, "setting mirrors.git_proxy: "),
+        ({"mirrors": {"sites": {"a": {"services": {}}}}}, "setting mirrors.sites.a.hosts: "),
+        ({"mirrors": {"sites": {"auto": {}}}}, "auto is no name for a site"),
         ({"mirrors": {"apt_security": "maybe"}}, "setting mirrors.apt_security: "),
         ({"base": {"packages": "git"}}, "setting base.packages: "),
         ({"base": {"packages": [1]}}, "setting base.packages.0: "),

@@ -229,7 +229,9 @@ def test_a_trial_that_nobody_confirms_goes_back_by_itself(story: Story) -> None:
     path = story.inventory({"reboot": "when-safe", "reboot_timeout": 90}, {})
     command = [str(ROOT / "fleet"), "apply", "-i", str(path), *ONLY]
     with (story.folder / "laptop").open("wb") as said:
-        laptop = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
+        laptop = subprocess.Popen(
+            command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True
+        )
         until(lambda: boot_id(host) != first, "the host reboots", PATIENCE, every=0.5)
         os.killpg(laptop.pid, signal.SIGKILL)
         laptop.wait()
