@@ -9,45 +9,28 @@ ids of a GPU. The tests are one story, in order.
 from __future__ import annotations
 
 import io
-import os
 import re
 import shlex
-import signal
 import subprocess
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import standin
-from fleets import Done, Fleet, Host, fleet, ok, until, words
-
-from gpufleet import ROOT
+from fleets import Done, Fleet, Host, Running, fleet, ok, until, words
+from kernels import APT, PAST_THE_PIN, TwoKernels, modinfo
 
 pytestmark = pytest.mark.long
 
-APT = "DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends"
-#: How apt is made to forget the pin.
-PAST_THE_PIN = "-o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null"
 MODULE = "nvidia-current-open"
 ONLY = ("--only", "driver,kernel")
 #: Seconds; under software emulation a shell script that starts a thousand processes takes a minute.
 PATIENCE = 900
 
 
-@dataclass
-class Story:
+class Story(TwoKernels):
     """The machine and its two kernels: the one it came with and the one that comes later."""
-
-    fleet: Fleet
-    old: str
-    new: str
-    folder: Path
-
-    @property
-    def host(self) -> Host:
-        return self.fleet.hosts[0]
 
     def inventory(self, kernel: dict[str, Any], driver: dict[str, Any]) -> Path:
         settings = {"accelerator": "cuda", "kernel": kernel, "driver": driver}
@@ -63,13 +46,7 @@ class Story:
         return fleet("apply", "-i", path, "--json", *ONLY, timeout=PATIENCE)
 
     def module(self, release: str) -> dict[str, str]:
-        """What modinfo says of the kernel's module, and when its file was made."""
-        said = self.host.try_(f"modinfo -k {release} {MODULE}").stdout
-        found = dict(line.split(":", 1) for line in said.splitlines() if ":" in line)
-        module = {key: value.strip() for key, value in found.items()}
-        if module:
-            module["made"] = self.host.sh(f"stat -c %Y {module['filename']}")
-        return module
+        return modinfo(self.host, release, MODULE)
 
     def bound(self) -> bool:
         """Whether the kernel's own word is that the driver has the GPU, and nvidia-smi agrees."""
@@ -227,14 +204,9 @@ def test_a_trial_that_nobody_confirms_goes_back_by_itself(story: Story) -> None:
     host.sh("rm /etc/modprobe.d/standin.conf /var/lib/gpufleet/trial-failed")
     story.boots_next(story.old)
     path = story.inventory({"reboot": "when-safe", "reboot_timeout": 90}, {})
-    command = [str(ROOT / "fleet"), "apply", "-i", str(path), *ONLY]
-    with (story.folder / "laptop").open("wb") as said:
-        laptop = subprocess.Popen(
-            command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True
-        )
-        until(lambda: boot_id(host) != first, "the host reboots", PATIENCE, every=0.5)
-        os.killpg(laptop.pid, signal.SIGKILL)
-        laptop.wait()
+    laptop = Running(story.folder, "apply", "-i", path, *ONLY)
+    until(lambda: boot_id(host) != first, "the host reboots", PATIENCE, every=0.5)
+    laptop.kill()
     story.comes_back(first)
     trial = boot_id(host)
     assert host.sh("uname -r") == story.old
