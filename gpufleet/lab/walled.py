@@ -263,7 +263,11 @@ class Mirror:
             ) from None
         return {
             "mirrors": {"site": SITE, "sites": {SITE: site}, "apt_security": True},
-            "python_env": {"source": "index", "torch_index": f"{self.url}/pytorch/whl/cpu"},
+            "python_env": {
+                "manager": "uv",
+                "source": "index",
+                "torch_index": f"{self.url}/pytorch/whl/cpu",
+            },
         }
 
     def strays(self) -> dict[str, int]:

@@ -200,7 +200,7 @@ def examine(
     def one(host: Asker) -> tuple[Finding, ...]:
         seen = pictures(host, upgrades)
         service = host.fact(DemoService, address=f"http://{host.target.demo_on_host}")
-        return findings(
+        return _environments(host, path, bool(seen.gpus.gpus)) + findings(
             seen.kernels,
             seen.gpus,
             service,
@@ -212,6 +212,20 @@ def examine(
         )
 
     return ask(path, one, limit, told)
+
+
+def _environments(host: Asker, path: Path, gpu: bool) -> tuple[Finding, ...]:
+    """What is wrong with a host's Python environments: one command."""
+    from gpufleet.python_env.conda import digests, recipes
+    from gpufleet.python_env.doctor import findings
+    from gpufleet.python_env.facts import InsideEnvironments
+
+    try:
+        wanted, made = digests(host.settings), recipes(host.settings)
+    except FleetError:  # nothing can be made of these settings: preflight says why
+        return ()
+    seen = host.fact(InsideEnvironments, root=str(host.settings.root))
+    return findings(seen, host.settings, wanted, made, gpu=gpu, apply=_apply(path, host))
 
 
 def _apply(path: Path, host: Asker) -> str:

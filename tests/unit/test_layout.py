@@ -23,6 +23,7 @@ IMPURE = {"pyinfra", "pyinfra_cli", "gevent", "subprocess", "socket", "requests"
 #: Modules of a concern that decide and describe, and that another concern may import.
 PURE = {
     "choice.py",
+    "conda.py",
     "doctor.py",
     "files.py",
     "forecast.py",
