@@ -116,6 +116,20 @@ def is_distribution(entry: Entry, os: str, codename: str) -> bool:
     )
 
 
+def rivals(entry: Entry, os: str, codename: str) -> bool:
+    """Whether an entry brings the distribution's own packages from somewhere else than its archive
+    or a whole copy of it: apt takes whichever version is higher."""
+    bases = {re.sub(r"-(updates|backports|proposed)$", "", s) for s in entry.suites}
+    return (
+        "deb" in entry.types
+        and codename in bases
+        and bool(entry.uris)
+        and bool(entry.components)
+        and set(entry.components) <= _COMPONENTS.get(os, set())
+        and not is_distribution(entry, os, codename)
+    )
+
+
 def split_security(entry: Entry) -> tuple[Entry | None, Entry | None]:
     """The entry's parts without and with security suites; None where there is none."""
     plain = tuple(s for s in entry.suites if not s.endswith("-security"))

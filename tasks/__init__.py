@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyinfra import host
+from pyinfra import host, logger
 from pyinfra.api import DeployError
 
 from gpufleet import catalog
@@ -10,7 +10,8 @@ from gpufleet.catalog import Model
 from gpufleet.errors import FleetError
 from gpufleet.mirrors.choice import Choice, decide
 from gpufleet.mirrors.facts import MirrorFiles
-from gpufleet.mirrors.plan import held
+from gpufleet.mirrors.plan import AptSources, held
+from gpufleet.run.events import emit
 from gpufleet.seen import fresh
 from gpufleet.settings import Settings, parse
 
@@ -27,6 +28,18 @@ def current() -> tuple[Settings, Model]:
         raise DeployError(str(error)) from None
 
 
+def warn(concern: str, message: str) -> None:
+    """Tell the person something about the host at hand that stops nothing: one line."""
+    logger.warning(f"{host.print_prefix}{message}")
+    emit("warning", host=host.name, concern=concern, message=message)
+
+
+def mirror_files() -> AptSources:
+    """The mirror configuration of the host at hand, asked once."""
+    settings, _ = current()
+    return fresh(MirrorFiles, root=str(settings.root), user=settings.user)
+
+
 def mirror_choice() -> Choice:
     """Where the host at hand gets each kind of package from.
 
@@ -34,7 +47,7 @@ def mirror_choice() -> Choice:
     that is not there.
     """
     settings, _ = current()
-    current_sites = held(fresh(MirrorFiles).record)
+    current_sites = held(mirror_files().record)
     try:
         return decide(settings.mirrors, catalog.mirrors(), current=current_sites)
     except FleetError as error:

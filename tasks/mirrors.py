@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from pyinfra.api import deploy
+from pyinfra import host
+from pyinfra.api import DeployError, deploy
 
+from gpufleet.errors import FleetError
 from gpufleet.managed import operations as managed
-from gpufleet.mirrors.facts import MirrorFiles
+from gpufleet.mirrors import verify
+from gpufleet.mirrors.overrides import overrides
 from gpufleet.mirrors.plan import stale, wanted
-from gpufleet.seen import fresh
-from tasks import current, mirror_choice
+from gpufleet.python_env.plan import lock_for
+from tasks import current, mirror_choice, mirror_files, warn
 
 
 @deploy("mirrors")
 def mirrors() -> None:
-    """Write the sites' files whole, or put back what earlier sites replaced."""
+    """Write the sites' files whole, or put back what earlier sites replaced.
+
+    Where a client does not work with them, what was in force before stays in force.
+    """
     settings, _ = current()
     # The sources are read as they were before gpufleet, so they cannot change during this run.
-    sources = fresh(MirrorFiles)
-    files = wanted(mirror_choice(), settings.mirrors.apt_security, sources)
-    managed.restored(
-        name="Put back the files that this choice does not write",
-        paths=stale(files, sources),
+    sources = mirror_files()
+    choice = mirror_choice()
+    files = wanted(choice, settings.mirrors.apt_security, sources)
+    gone = stale(files, sources)
+    try:
+        requirement = verify.requirement(lock_for("cpu").text)
+    except FleetError as error:
+        raise DeployError(f"{host.name}: {error}") from None
+    for pick in choice.picks.values():
+        if pick.policy == "kept":
+            warn("mirrors", f"{pick.service} stays at {pick.name}: {pick.why}")
+    for override in overrides(sources, {file.path: file.content for file in files}):
+        if override.severity == "warning":
+            warn("mirrors", str(override))
+    managed.switched(
+        name=f"Switch to {settings.mirrors.site} and check it",
+        wanted=files,
+        gone=gone,
+        check=verify.script(str(settings.root), requirement, choice, files, gone, sources),
     )
-    managed.files(name=f"Write the configuration of {settings.mirrors.site}", wanted=files)

@@ -42,6 +42,7 @@ def _register() -> None:
         forecast,
         lab,
         logs,
+        mirrors,
         plan,
         status,
         test,
@@ -57,6 +58,7 @@ def _register() -> None:
     app.command("tunnel")(tunnel.tunnel)
     app.command("logs")(logs.logs)
     app.add_typer(lab.app, name="lab")
+    app.add_typer(mirrors.app, name="mirrors")
     app.command("test")(test.run_tests)
 
 

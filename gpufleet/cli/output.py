@@ -5,7 +5,7 @@ The document of `fleet apply --json` (`version` 1):
     {"version": 1, "command": "apply", "inventory": FILE, "exit_code": 0|1|2|130,
      "seconds": S, "log": FILE, "errors": [LINE, …], "order": [[HOST, …], …],
      "hosts": [{"name": HOST, "state": "done"|"failed"|"unreachable"|"stopped"|"untouched",
-                "changed": N, "findings": [TEXT, …],
+                "changed": N, "findings": [TEXT, …], "warnings": [TEXT, …],
                 "concerns": [{"name": CONCERN, "state": "ok"|"failed"|"stopped", "seconds": S,
                               "operations": N, "changed": [OPERATION, …]}, …]}, …]}
 
@@ -139,6 +139,9 @@ def finish(result: Result, as_json: bool) -> int:
     if as_json:
         print(json.dumps(document(result), ensure_ascii=False))
         return result.exit_code
+    for host in result.hosts:
+        for warning in host.warnings:
+            print(f"{host.name}: warning: {warning}")
     for error in result.errors:
         print(error, file=sys.stderr)
     for host in result.hosts:
@@ -197,7 +200,8 @@ def document(result: Result) -> dict[str, Any]:
 
 
 def _host(host: Host, command: str) -> dict[str, Any]:
-    common = {"name": host.name, "state": host.state, "findings": host.findings}
+    common: dict[str, Any] = {"name": host.name, "state": host.state}
+    common |= {"findings": host.findings, "warnings": host.warnings}
     if command == "plan":
         pending = [{"concern": concern, "operation": name} for concern, name in host.pending]
         return {**common, "pending": pending}

@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+#: Stands for a file's digest in its record while a switch that wrote it is not over.
+UNSETTLED = "unsettled"
+
 
 @dataclass(frozen=True)
 class ManagedFile:

@@ -25,12 +25,52 @@ for p in {PIP_CONF} {UV_TOML} {CONDARC} {RECORD} /etc/apt/sources.list \
 done
 """
 
+# What may win over those files: $1 folder of the deploy, $2 the service's user. Lines as grep -Hn
+# prints them, without passwords in addresses.
+_OTHERS = r"""
+root=$1 who=${SUDO_USER:-$(id -un)}
+plain='s#://[^/@ ]*@#://#g'
+show() {  # $1 kind, $2 pattern, then files
+  kind=$1 pattern=$2
+  shift 2
+  grep -HnsE -e "$pattern" -- "$@" /dev/null | sed -e "$plain" -e "s/^/$kind\t/"
+}
+env='(PIP_(INDEX_URL|EXTRA_INDEX_URL|CONFIG_FILE)|UV_(INDEX|INDEX_URL|DEFAULT_INDEX|EXTRA_INDEX_URL'
+env="$env|CONFIG_FILE)|CONDARC|CONDA_CHANNELS|HF_ENDPOINT|[A-Za-z]+_(proxy|PROXY)).*="
+systemd=/etc/systemd/system
+show env "$env" /etc/environment /etc/profile /etc/profile.d/*.sh /etc/bash.bashrc \
+  /etc/zsh/zshenv /etc/environment.d/*.conf /etc/security/pam_env.conf $systemd.conf \
+  $systemd.conf.d/*.conf $systemd/minigpt4-demo.service.d/*.conf
+systemctl show-environment 2>/dev/null | grep -E "^$env" \
+  | sed -e "$plain" -e 's/^/env\tsystemd:0:/'
+show ours . @PIP_CONF@ @UV_TOML@ @CONDARC@
+show uv . /etc/xdg/uv/uv.toml
+show proxy '^[^/#]*Acquire.*Proxy' /etc/apt/apt.conf /etc/apt/apt.conf.d/*
+show pip = "$root"/envs/*/pip.conf "$root"/conda/pip.conf
+show conda . /etc/conda/condarc /etc/conda/condarc.d/* "$root"/conda/.condarc \
+  "$root"/conda/condarc "$root"/conda/condarc.d/* "$root"/envs/*/.condarc
+for u in root "$who" "$2"; do getent passwd "$u"; done | cut -d: -f6 | sort -u \
+  | while read -r h; do
+    show env "$env" "$h/.profile" "$h/.bash_profile" "$h/.bashrc" "$h/.zshrc" "$h/.zshenv" \
+      "$h/.pam_environment" "$h"/.config/environment.d/*.conf
+    show pip = "$h/.pip/pip.conf" "$h/.config/pip/pip.conf"
+    show uv . "$h/.config/uv/uv.toml"
+    show conda . "$h/.conda/.condarc" "$h/.conda/condarc" "$h/.config/conda/.condarc" \
+      "$h/.condarc"
+  done
+true
+"""
+_BOTH = _SCRIPT + _OTHERS.replace("@PIP_CONF@", PIP_CONF).replace("@UV_TOML@", UV_TOML).replace(
+    "@CONDARC@", CONDARC
+)
+
 
 class MirrorFiles(FactBase[AptSources]):
-    """The host's apt sources and the mirror files that gpufleet wrote: `AptSources`."""
+    """The host's apt sources, the mirror files that gpufleet wrote, and what may win over them:
+    `AptSources`. `root` is the folder of the deploy, `user` the demo's account."""
 
-    def command(self) -> StringCommand:
-        return script(_SCRIPT)
+    def command(self, root: str, user: str) -> StringCommand:
+        return script(_BOTH, root, user)
 
     @staticmethod
     def default() -> AptSources:

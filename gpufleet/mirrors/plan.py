@@ -34,6 +34,8 @@ class AptSources:
     """Paths of mirror configuration that gpufleet has written on this host."""
     record: str = ""
     """The text of `RECORD`, empty if there is none."""
+    others: tuple[str, ...] = ()
+    """Lines of configuration that may win over those files, for `overrides.read`."""
 
 
 def parse_sources(lines: Iterable[str]) -> AptSources:
@@ -41,6 +43,7 @@ def parse_sources(lines: Iterable[str]) -> AptSources:
     os = codename = ""
     files: dict[str, list[str]] = {}
     written: list[str] = []
+    others: list[str] = []
     path = ""
     for line in lines:
         if line.startswith("+"):
@@ -54,9 +57,11 @@ def parse_sources(lines: Iterable[str]) -> AptSources:
         elif key == "file":
             path = value
             files[path] = []
+        elif line:
+            others.append(line)
     texts = {path: "\n".join([*text, ""]) for path, text in files.items()}
     record = texts.pop(RECORD, "")
-    return AptSources(os, codename, texts, tuple(written), record)
+    return AptSources(os, codename, texts, tuple(written), record, others=tuple(others))
 
 
 def wanted(choice: Choice, apt_security: bool, sources: AptSources) -> list[ManagedFile]:

@@ -107,6 +107,9 @@ OPERATION: tuple[tuple[str, str], ...] = (
     ),
 )
 
+#: Begins a line that a script of gpufleet's own says; it holds what to do.
+OWN = "gpufleet: "
+
 #: What to do when nothing better is known.
 SEE_LOG = "see the log"
 
@@ -139,6 +142,9 @@ def operation(output: Sequence[str]) -> str:
     if (raised := _CALLBACK.search("\n".join(output))) and raised["message"]:
         output = raised["message"].replace("\\n", "\n").splitlines()
     lines = [line.strip() for line in output if not _NOISE.match(line.strip())]
+    for line in reversed(lines):
+        if line.startswith(OWN):
+            return one_line(line.removeprefix(OWN), limit=600)
     for pattern, advice in OPERATION:
         for line in reversed(lines):
             if re.search(pattern, line):

@@ -24,6 +24,7 @@ Kind = Literal[
     "finished",  # an operation, without error
     "failed",  # an operation, or the host outside of one; message: its output, a line each
     "finding",  # something that keeps the host from taking the deploy
+    "warning",  # something that a person should know and that stops nothing
     "pending",  # a dry run: this operation would change something
     "member",  # the run is a rolling one; message: the host's rolling.Member as JSON
 ]
@@ -110,6 +111,8 @@ class Host:
     concerns: dict[str, Concern] = field(default_factory=dict)
     error: Event | None = None
     findings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """Each begins with its concern."""
     pending: list[tuple[str, str]] = field(default_factory=list)
     """Of a dry run: (concern, operation)."""
     target: dict[str, Any] = field(default_factory=dict)
@@ -148,6 +151,10 @@ class Picture:
         elif event.kind == "finding":
             host.findings.append(event.message)
             host.state = "failed"
+        elif event.kind == "warning":
+            line = f"{event.concern}: {event.message}"
+            if line not in host.warnings:  # a rolling run comes to a host twice
+                host.warnings.append(line)
         elif event.kind == "pending":
             host.pending.append((event.concern, event.operation))
         elif event.kind in ("connected", "unreachable"):

@@ -37,6 +37,7 @@ PENDING = 3
 TICK = 0.5
 
 Watch = Callable[[Picture], None]
+Command = Literal["apply", "plan", "mirrors restore"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Result:
     where all hosts go at once.
     """
 
-    command: Literal["apply", "plan"]
+    command: Command
     inventory: str
     hosts: tuple[Host, ...]
     errors: tuple[str, ...]
@@ -79,10 +80,19 @@ def apply(inventory: Path, **options: Any) -> Result:
     Raises UsageError for an inventory or option that is invalid, FleetError if another apply of
     this inventory runs on this machine. Hosts that fail are in the result.
     """
+    return _change("apply", inventory, **options)
+
+
+def restore_mirrors(inventory: Path, **options: Any) -> Result:
+    """Put back the package sources that mirrors replaced. Options and errors as for apply."""
+    return _change("mirrors restore", inventory, deploy=ROOT / "restore_mirrors.py", **options)
+
+
+def _change(command: Command, inventory: Path, **options: Any) -> Result:
     # One file can stand for several fleets: inventory/lab.py is the lab that GPUFLEET_LAB names.
     what = f"{inventory.resolve()} {os.environ.get('GPUFLEET_LAB', '')}"
     with lock(what, str(inventory)) as descriptor:
-        return Run("apply", inventory, inherit=(descriptor,), **options).run()
+        return Run(command, inventory, inherit=(descriptor,), **options).run()
 
 
 def plan(inventory: Path, **options: Any) -> Result:
@@ -99,7 +109,7 @@ class Run:
     picture after every event and every TICK, `output` gets pyinfra's own output too.
     """
 
-    command: Literal["apply", "plan"]
+    command: Command
     inventory: Path
     limit: Sequence[str] = ()
     only: Sequence[str] = ()
@@ -116,11 +126,11 @@ class Run:
         check_file(self.inventory)
         only.check(self.only)
         started = time.monotonic()
-        path, log = open_log(self.command, self.inventory.stem)
+        path, log = open_log(self.command.replace(" ", "-"), self.inventory.stem)
         with log, _OnInterrupt(self):
             ended = self._start(log)
             members = self.picture.members
-            if self.command == "apply" and members and ended.whole:
+            if self.command != "plan" and members and ended.whole:
                 ended = self._roll(members, ended, log)
             else:
                 self.picture.close(complete=ended.whole)
@@ -169,7 +179,7 @@ class Run:
         inventory = self.inventory.resolve()
         arguments = [sys.executable, "-m", "pyinfra", "-v", "--config", str(config)]
         # A dry run as JSON asks no questions; -y alone would skip the search for changes.
-        arguments += ["-y"] if self.command == "apply" else ["--dry", "--json"]
+        arguments += ["-y"] if self.command != "plan" else ["--dry", "--json"]
         for name in split(self.limit):
             arguments += ["--limit", name]
         for folder in group_data(inventory):

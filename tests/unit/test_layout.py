@@ -29,6 +29,7 @@ PURE = {
     "forecast.py",
     "grub.py",
     "heal.py",
+    "overrides.py",
     "packages.py",
     "picture.py",
     "plan.py",
@@ -37,6 +38,7 @@ PURE = {
     "rhel.py",
     "sources.py",
     "verdict.py",
+    "verify.py",
 }
 
 #: Folders of gpufleet that are no concern: what runs deploys, boots labs and talks to people.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +80,25 @@ class Host:
         return self.run(text, str(new), str(path or self.path), "644", *self.me)
 
     def restore(self, path: Path | None = None):
-        return self.run(operations._RESTORE, str(path or self.path))
+        return self.switch("", ("", path or self.path))
+
+    def switch(self, check: str, *files: tuple[str, Path], text: str = operations._SWITCH):
+        """Content (empty: what was there before) and path of each file."""
+        arguments = []
+        for number, (content, path) in enumerate(files):
+            new = self.state / "incoming" / str(number)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text(content)
+            arguments += [str(new) if content else "", str(path), "644", *self.me]
+        return self.run(text, check, *arguments)
+
+    def tree(self) -> dict[str, bytes | str]:
+        """Everything but folders: bytes, or where a link leads."""
+        return {
+            str(p.relative_to(self.root)): str(p.readlink()) if p.is_symlink() else p.read_bytes()
+            for p in self.root.rglob("*")
+            if p.is_symlink() or p.is_file()
+        }
 
     def facts(self) -> Files:
         command = str(ManagedFiles().command((str(self.path),))).replace(STATE, f'"{self.state}"')
@@ -194,21 +213,33 @@ def test_an_original_that_is_a_relative_link_comes_back_as_the_link(host: Host):
 
 
 def cuts(text: str) -> list[str]:
-    """The script, killed after each of its top-level lines but the last."""
+    """The script, killed before each of its lines; those where it never comes by are left out."""
     lines = text.splitlines(keepends=True)
-    ends = [i + 1 for i, line in enumerate(lines) if not line.startswith(" ")]
-    parts = ["".join(lines[:end]) for end in ends[:-1]]
-    return [part for part in parts if part.count("if [") == part.count("fi\n") + part.count("; fi")]
+    killed = ["".join([*lines[:i], "kill -KILL $$\n", *lines[i:]]) for i in range(1, len(lines))]
+    return [
+        text
+        for text in killed
+        if subprocess.run(["sh", "-n"], input=text, text=True, stderr=subprocess.DEVNULL).returncode
+        == 0
+    ]
+
+
+INSTALL_CUTS, SWITCH_CUTS = cuts(operations._INSTALL), cuts(operations._SWITCH)
+
+
+def test_there_are_enough_places_to_be_killed_at():
+    assert len(INSTALL_CUTS) > 20
+    assert len(SWITCH_CUTS) > 50
 
 
 @pytest.mark.parametrize("before", [ORIGINAL, None], ids=["replaced", "made"])
-@pytest.mark.parametrize("cut", range(len(cuts(operations._INSTALL))))
+@pytest.mark.parametrize("cut", range(len(INSTALL_CUTS)))
 def test_a_write_that_was_killed_still_knows_the_true_original(
     host: Host, cut: int, before: bytes | None
 ):
     if before is not None:
         host.path.write_bytes(before)
-    host.install("one\n", text=cuts(operations._INSTALL)[cut])
+    host.install("one\n", text=INSTALL_CUTS[cut])
     ok(host.install("two\n"))
     assert host.path.read_text() == "two\n"
     ok(host.restore())
@@ -249,6 +280,102 @@ def test_a_folder_that_it_makes_can_be_entered_by_the_service_whatever_the_umask
     finally:
         os.umask(before)
     assert [p.stat().st_mode & 0o777 for p in (path, *path.parents[:2])] == [0o644, 0o755, 0o755]
+
+
+class TestASwitch:
+    """Of three files: one that gpufleet wrote before, one of somebody's, one that is not there."""
+
+    @pytest.fixture
+    def three(self, host: Host) -> tuple[Path, Path, Path]:
+        etc = host.root / "etc"
+        one, two, three = etc / "one", etc / "two", etc / "new folder" / "three"
+        one.write_bytes(ORIGINAL)
+        two.write_text("somebody's\n")
+        two.chmod(0o640)
+        ok(host.switch("", ("one\n", one)))
+        return one, two, three
+
+    def files(self, three: tuple[Path, Path, Path]) -> list[tuple[str, Path]]:
+        """To write two and three and to put one back."""
+        return [("2\n", three[1]), ("3\n", three[2]), ("", three[0])]
+
+    def test_changes_all_of_them(self, host: Host, three: tuple[Path, Path, Path]):
+        ok(host.switch("", *self.files(three)))
+        assert [path.read_bytes() for path in three] == [ORIGINAL, b"2\n", b"3\n"]
+        assert three[1].stat().st_mode & 0o777 == 0o644
+        ok(host.switch("", *(("", path) for path in three[1:])))
+        assert three[1].read_text() == "somebody's\n"
+        assert three[1].stat().st_mode & 0o777 == 0o640
+        assert not three[2].exists()
+        assert [path for path in host.state.rglob("*") if path.is_file()] == []
+
+    def test_is_checked_with_everything_in_place_and_told_what_changed(
+        self, host: Host, three: tuple[Path, Path, Path], tmp_path: Path
+    ):
+        seen = tmp_path / "seen"
+        check = f'cat "$2" "$7" "${{12}}" > {seen}; echo "[$1][${{11}}]$#" >> {seen}'
+        ok(host.switch(check, *self.files(three)))
+        new = host.state / "incoming" / "0"
+        assert seen.read_bytes() == b"2\n3\n" + ORIGINAL + f"[{new}][]15\n".encode()
+
+    def test_that_does_not_pass_its_check_leaves_every_byte_and_note_as_it_was(
+        self, host: Host, three: tuple[Path, Path, Path]
+    ):
+        before = host.tree()
+        done = host.switch("echo the site is down >&2; exit 3", *self.files(three))
+        assert (done.returncode, done.stderr) == (3, "the site is down\n")
+        assert host.tree() == before
+        assert three[1].stat().st_mode & 0o777 == 0o640
+
+    def test_that_cannot_write_one_leaves_every_byte_and_note_as_it_was(
+        self, host: Host, three: tuple[Path, Path, Path]
+    ):
+        before = host.tree()
+        in_the_way = host.root / "etc" / "two" / "x"
+        done = host.switch("", *self.files(three), ("4\n", in_the_way))
+        assert done.returncode != 0
+        assert host.tree() == before
+
+    def test_refuses_all_where_somebody_edited_one_that_goes(
+        self, host: Host, three: tuple[Path, Path, Path]
+    ):
+        three[0].write_text("mine\n")
+        before = host.tree()
+        done = host.switch("", *self.files(three))
+        assert done.returncode == 1
+        assert f"{three[0]} was edited since gpufleet wrote it" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert host.tree() == before
+
+    def test_that_was_killed_while_it_was_checked_does_not_count_as_done(
+        self, host: Host, three: tuple[Path, Path, Path]
+    ):
+        done = host.switch("kill -KILL $PPID", ("new\n", host.path))
+        assert done.returncode in (-9, 137)
+        facts = host.facts()
+        owner = facts.present[str(host.path)].owner, facts.present[str(host.path)].group
+        assert differing([ManagedFile(str(host.path), "new\n", "644", *owner)], facts)
+        ok(host.restore())
+        assert not host.path.exists()
+
+    @pytest.mark.parametrize("cut", range(len(SWITCH_CUTS)))
+    def test_that_was_killed_is_finished_or_undone_by_the_next(
+        self, host: Host, three: tuple[Path, Path, Path], cut: int
+    ):
+        before = host.tree()
+        done = host.switch("", *self.files(three), text=SWITCH_CUTS[cut])
+        if done.returncode == 0:  # it did not come by
+            return
+        again = host.switch("exit 3", *self.files(three))
+        left = {path: text for path, text in host.tree().items() if "/incoming/" not in path}
+        assert again.returncode == 3
+        settled = [path.read_bytes() for path in three if path.exists()]
+        # What it began is undone, unless it was past its end already.
+        assert left == before or settled == [ORIGINAL, b"2\n", b"3\n"]
+        ok(host.switch("", *self.files(three)))
+        ok(host.switch("", *(("", path) for path in three[1:])))
+        assert [path.read_bytes() for path in three[:2]] == [ORIGINAL, b"somebody's\n"]
+        assert [path.name for path in host.root.rglob("*gpufleet-new")] == []
 
 
 def test_a_digest_is_the_one_that_sha256sum_prints(host: Host):

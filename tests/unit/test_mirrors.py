@@ -300,7 +300,7 @@ def test_a_source_that_gpufleet_replaced_is_read_as_it_was_before(tmp_path: Path
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    command = str(MirrorFiles().command()).replace(STATE, str(state))
+    command = str(MirrorFiles().command(str(tmp_path), "root")).replace(STATE, str(state))
     done = sh(command.replace("/etc/", f"{etc}/").replace(f"{etc}/os-release", "/etc/os-release"))
     assert (done.returncode, done.stderr) == (0, "")
     found = MirrorFiles().process(done.stdout.splitlines())

@@ -124,6 +124,11 @@ def test_what_gpufleet_says_itself_gets_no_second_advice():
     assert operation(["port taken; free it"]) == "port taken; free it"
 
 
+def test_what_a_script_of_gpufleets_says_comes_before_what_its_tools_say():
+    said = ["E: Could not connect to m.example.org", "gpufleet: apt cannot use m; set another", "x"]
+    assert operation(said) == "apt cannot use m; set another"
+
+
 def test_a_long_line_keeps_its_ends():
     line = one_line("a" * 400 + "z" * 400, limit=100)
     assert len(line) <= 103

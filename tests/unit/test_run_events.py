@@ -119,6 +119,17 @@ def test_a_failed_fact_fails_the_host_outside_of_any_concern():
     assert host.concerns == {}
 
 
+def test_a_warning_stops_nothing_and_is_kept_once():
+    warning = (
+        '{"kind": "warning", "host": "gpu1", "concern": "mirrors", "message": "look", "at": 102.0}'
+    )
+    picture = picture_of(CONNECTED, warning, warning)
+    picture.close()
+    host = picture.hosts["gpu1"]
+    assert host.warnings == ["mirrors: look"]
+    assert host.state == "done"
+
+
 @pytest.mark.parametrize("line", ["", "{", "[]", "1", '{"kind": "other"}', '{"surprise": 1}'])
 def test_a_line_that_is_no_event_is_passed_over(line):
     assert read(line) is None
