@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pyinfra import host, logger
+from pyinfra import host, logger, state
 from pyinfra.api import DeployError
 
 from gpufleet import catalog
 from gpufleet.catalog import Model
 from gpufleet.errors import FleetError
-from gpufleet.mirrors.choice import Choice, decide
-from gpufleet.mirrors.facts import MirrorFiles
-from gpufleet.mirrors.plan import AptSources, held
+from gpufleet.mirrors import probe
+from gpufleet.mirrors.choice import Choice
+from gpufleet.mirrors.facts import MirrorFiles, MirrorProbe
+from gpufleet.mirrors.plan import AptSources
 from gpufleet.run.events import emit
 from gpufleet.seen import fresh
 from gpufleet.settings import Settings, parse
@@ -43,12 +44,18 @@ def mirror_files() -> AptSources:
 def mirror_choice() -> Choice:
     """Where the host at hand gets each kind of package from.
 
-    One command, whichever concern asks first. Raises DeployError for a setting that names a site
-    that is not there.
+    One command, whichever concern asks first, and another where sites must be probed. Raises
+    DeployError for a setting that names a site that is not there.
     """
     settings, _ = current()
-    current_sites = held(mirror_files().record)
     try:
-        return decide(settings.mirrors, catalog.mirrors(), current=current_sites)
+        return probe.choose(
+            settings.mirrors,
+            catalog.mirrors(),
+            probe.about(settings, catalog.drivers(), mirror_files()),
+            lambda plan: fresh(MirrorProbe, plan=plan),
+            name=host.name,
+            hosts=len([one for one in state.inventory if state.is_host_in_limit(one)]),
+        )
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None

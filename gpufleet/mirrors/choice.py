@@ -16,6 +16,21 @@ PolicyName = Literal["pinned", "internal", "measured", "official", "kept"]
 #: How a site is reached: by its public name, or by its name inside a cloud with either scheme.
 Via = Literal["public", "internal", "internal-http"]
 
+#: What became of a probe: `ok`, or why a site cannot be used.
+State = Literal[
+    "ok",
+    "unreachable",
+    "certificate",
+    "refused",
+    "missing",
+    "elsewhere",
+    "portal",
+    "garbage",
+    "stale",
+    "cut",
+    "slow",
+]
+
 GITHUB = "https://github.com/"
 
 
@@ -25,7 +40,7 @@ class Found:
 
     service: Service
     site: str
-    passed: bool
+    state: State
     why: str
     """One line: what was seen, or why the site cannot be used."""
     speed: float | None = None
@@ -33,8 +48,15 @@ class Found:
     via: Via = "public"
     parts: tuple[str, ...] = ()
     """What passed of it: archives of apt, `pkgs/NAME` and channels of conda."""
+    dates: Mapping[str, float] = field(default_factory=dict)
+    """Of apt: archive/suite → the date of its index, in seconds since 1970."""
     at: float = 0
     """When, in seconds since 1970 by the host's clock."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the site can be used for the service."""
+        return self.state == "ok"
 
 
 @dataclass(frozen=True)
@@ -106,7 +128,6 @@ class Candidate:
 
     site: Site
     via: Via = "public"
-    services: frozenset[Service] = field(default=frozenset(SERVICES))
 
 
 def sites(wanted: settings.Mirrors, catalogue: Mirrors) -> dict[str, Site]:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from pyinfra.api import FactBase, StringCommand
+import base64
+import zlib
+from pathlib import Path
+
+from pyinfra.api import FactBase, QuoteString, StringCommand
 
 from gpufleet.managed.facts import STATE
-from gpufleet.mirrors.plan import CONDARC, PIP_CONF, RECORD, UV_TOML, AptSources, parse_sources
+from gpufleet.mirrors.plan import (
+    CACHE,
+    CONDARC,
+    PIP_CONF,
+    RECORD,
+    UV_TOML,
+    AptSources,
+    parse_sources,
+)
+from gpufleet.mirrors.probe import Kept, read
 from gpufleet.shell import script
 
 # A source file that gpufleet replaced is read as it was before, so that a second apply, or a
@@ -18,7 +31,10 @@ for p in /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.l
   if [ -e "$o" ] && [ -e {STATE}/written"$p" ]; then src=$o; else src=$p; fi
   if [ -f "$src" ]; then printf 'file\t%s\n' "$p"; sed 's/^/+/' "$src"; echo; fi
 done
-if [ -f {RECORD} ]; then printf 'file\t%s\n' {RECORD}; sed 's/^/+/' {RECORD}; echo; fi
+printf 'host\t%s\t%s\n' "${{VERSION_ID-}}" "$(date +%s)"
+for p in {RECORD} {CACHE}; do
+  if [ -f "$p" ]; then printf 'file\t%s\n' "$p"; sed 's/^/+/' "$p"; echo; fi
+done
 for p in {PIP_CONF} {UV_TOML} {CONDARC} {RECORD} /etc/apt/sources.list \
     /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
   if [ -e {STATE}/written"$p" ]; then printf 'written\t%s\n' "$p"; fi
@@ -78,3 +94,27 @@ class MirrorFiles(FactBase[AptSources]):
 
     def process(self, output: list[str]) -> AptSources:
         return parse_sources(output)
+
+
+# Packed, because a command line of a shell within a shell is quoted again and again.
+_PROBE = base64.b64encode(zlib.compress((Path(__file__).parent / "on_host.py").read_bytes(), 9))
+
+
+class MirrorProbe(FactBase[Kept]):
+    """What the host finds of the sites that a plan of `probe.plan` names: `Kept`.
+
+    The host remembers it in `CACHE`; nothing else is changed. Nothing is found where the host has
+    no python3.
+    """
+
+    def command(self, plan: str) -> StringCommand:
+        load = "import base64,zlib;exec(zlib.decompress(base64.b64decode('{}')))"
+        code = QuoteString(load.format(_PROBE.decode()))
+        return StringCommand("python3 -I -c", code, QuoteString(plan))
+
+    @staticmethod
+    def default() -> Kept:
+        return Kept()
+
+    def process(self, output: list[str]) -> Kept:
+        return read(output[-1])

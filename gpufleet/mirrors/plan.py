@@ -20,6 +20,9 @@ CONDARC = "/etc/conda/.condarc"
 #: What a choice by measurement remembers on the host.
 RECORD = "/var/lib/gpufleet/mirrors-choice.json"
 
+#: Where a host keeps what its probes found.
+CACHE = "/var/lib/gpufleet/mirrors-probed.json"
+
 
 @dataclass(frozen=True)
 class AptSources:
@@ -34,13 +37,20 @@ class AptSources:
     """Paths of mirror configuration that gpufleet has written on this host."""
     record: str = ""
     """The text of `RECORD`, empty if there is none."""
+    cache: str = ""
+    """The text of `CACHE`, empty if there is none."""
+    now: float = 0
+    """The host's clock, in seconds since 1970."""
+    version: str = ""
+    """The distribution's version, such as 12 or 24.04."""
     others: tuple[str, ...] = ()
     """Lines of configuration that may win over those files, for `overrides.read`."""
 
 
 def parse_sources(lines: Iterable[str]) -> AptSources:
-    """Read the MirrorFiles fact's lines: `os`, `written` and `file` keys, then `+`text lines."""
-    os = codename = ""
+    """Read the MirrorFiles fact's lines: keys `os`, `host`, `written`, `file`; `+`text lines."""
+    os = codename = version = ""
+    now = 0.0
     files: dict[str, list[str]] = {}
     written: list[str] = []
     others: list[str] = []
@@ -52,6 +62,9 @@ def parse_sources(lines: Iterable[str]) -> AptSources:
         key, _, value = line.partition("\t")
         if key == "os":
             os, codename = value.split("\t")
+        elif key == "host":
+            version, clock = value.split("\t")
+            now = float(clock)
         elif key == "written":
             written.append(value)
         elif key == "file":
@@ -60,8 +73,18 @@ def parse_sources(lines: Iterable[str]) -> AptSources:
         elif line:
             others.append(line)
     texts = {path: "\n".join([*text, ""]) for path, text in files.items()}
-    record = texts.pop(RECORD, "")
-    return AptSources(os, codename, texts, tuple(written), record, others=tuple(others))
+    record, cache = texts.pop(RECORD, ""), texts.pop(CACHE, "")
+    return AptSources(
+        os,
+        codename,
+        texts,
+        tuple(written),
+        record,
+        cache=cache,
+        now=now,
+        version=version,
+        others=tuple(others),
+    )
 
 
 def wanted(choice: Choice, apt_security: bool, sources: AptSources) -> list[ManagedFile]:

@@ -6,6 +6,7 @@ import configparser
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from gpufleet.managed.facts import STATE
 from gpufleet.mirrors.choice import Choice, Pick
 from gpufleet.mirrors.facts import MirrorFiles
 from gpufleet.mirrors.plan import (
+    CACHE,
     CONDARC,
     PIP_CONF,
+    RECORD,
     UV_TOML,
     AptSources,
     parse_sources,
@@ -279,6 +282,20 @@ def test_the_facts_lines_are_read_back_to_the_files_texts():
         lines += [f"file\t{path}", *(f"+{line}" for line in text.splitlines()), ""]
     lines.append(f"written\t{PIP_CONF}")
     assert parse_sources(lines) == AptSources("debian", "bookworm", HOST.files, (PIP_CONF,))
+
+
+def test_what_gpufleet_remembers_on_a_host_is_no_source_of_apt(tmp_path: Path, sh):
+    """One command reads it along with the sources."""
+    (tmp_path / "mirrors-choice.json").write_text('{"version": 1}\n')
+    (tmp_path / "mirrors-probed.json").write_text('{"version": 1,\n"found": []}\n')
+    done = sh(str(MirrorFiles().command(root="/opt/x", user="x")).replace(STATE, str(tmp_path)))
+    lines = done.stdout.replace(str(tmp_path), STATE).splitlines()
+    found = MirrorFiles().process(lines)
+    assert found.record == '{"version": 1}\n'
+    assert found.cache == '{"version": 1,\n"found": []}\n'
+    assert abs(found.now - time.time()) < 60
+    assert not {RECORD, CACHE} & set(found.files)
+    assert found.version or found.os == "debian"  # testing has none
 
 
 def test_a_source_that_gpufleet_replaced_is_read_as_it_was_before(tmp_path: Path, sh):
