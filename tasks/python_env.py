@@ -6,7 +6,7 @@ from pyinfra import host
 from pyinfra.api import DeployError, deploy
 
 from gpufleet import catalog
-from gpufleet.driver.heal import REPOSITORIES
+from gpufleet.driver.sources import REPOSITORIES
 from gpufleet.errors import FleetError
 from gpufleet.managed import operations as managed
 from gpufleet.managed.plan import ManagedFile
