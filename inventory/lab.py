@@ -23,7 +23,8 @@ hosts = [
             "ssh_strict_host_key_checking": "yes",
             # Its hosts have the python that the environment is locked for; a walled lab's take
             # everything from its mirror host.
-            "python_env": {"manager": "uv"}, **_lab.settings,
+            "python_env": {"manager": "uv"},
+            **_lab.settings,
         },
     )
     for host in _lab.hosts

@@ -388,7 +388,7 @@ def components(*, settings: Settings, drivers: Drivers) -> Commands:
         host.noop("the package sources are enabled")
         return
     changed()
-    if site := sources.REPOSITORIES.get(source):
+    if site := sources.repository_host(source):
         yield script(_KEYRING, site, sources.repository(at.kernels))
     yield StringCommand("install -d -m 700", f"{STATE}/incoming")
     yield FileUploadCommand(StringIO(content), f"{STATE}/incoming/driver.sources")

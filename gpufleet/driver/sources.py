@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gpufleet import apt_sources
+from gpufleet import apt_sources, catalog
 from gpufleet.apt_sources import Entry
 from gpufleet.kernel.picture import KernelPicture
 
 #: The file that makes the driver's packages known to apt.
 PATH = "/etc/apt/sources.list.d/gpufleet-driver.sources"
 
-#: Setting driver.source -> the host of NVIDIA's repository.
-REPOSITORIES = {
-    "nvidia": "developer.download.nvidia.com",
-    "nvidia-cn": "developer.download.nvidia.cn",
-}
+
+def repository_host(source: str) -> str | None:
+    """The host of NVIDIA's repository for a setting driver.source, None for other sources."""
+    if source == "nvidia-cn":
+        return catalog.mirrors().sites["nvidia-cn"].host
+    return "developer.download.nvidia.com" if source == "nvidia" else None
+
 
 #: Which components of the distribution's archive hold the driver.
 _COMPONENTS = {
@@ -51,8 +53,8 @@ def wanted(kernels: KernelPicture, source: str, text: str) -> str | None:
         elif line.startswith("+") and path:
             files[path].append(line[1:])
     own = "\n".join([*files.pop(PATH, []), ""])
-    if source in REPOSITORIES:
-        uri = f"https://{REPOSITORIES[source]}/compute/cuda/repos/{repository(kernels)}/x86_64"
+    if site := repository_host(source):
+        uri = f"https://{site}/compute/cuda/repos/{repository(kernels)}/x86_64"
         keyring = ("Signed-By", "/usr/share/keyrings/cuda-archive-keyring.gpg")
         entries = [Entry(("deb",), (uri,), ("/",), (), (keyring,))]
     elif source == "distribution":
