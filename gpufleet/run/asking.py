@@ -208,9 +208,24 @@ def examine(
             pin=leaks(seen.kernels, target(seen.kernels, host.settings.kernel.drift)),
             apply=_apply(path, host),
         )
-        return in_order([*found, *mirrors.findings(sources)])
+        inside = _environments(host, path, bool(seen.gpus.gpus))
+        return in_order([*inside, *found, *mirrors.findings(sources)])
 
     return ask(path, one, limit, told)
+
+
+def _environments(host: Asker, path: Path, gpu: bool) -> tuple[Finding, ...]:
+    """What is wrong with a host's Python environments: one command."""
+    from gpufleet.python_env.conda import digests, recipes
+    from gpufleet.python_env.doctor import findings
+    from gpufleet.python_env.facts import InsideEnvironments
+
+    try:
+        wanted, made = digests(host.settings), recipes(host.settings)
+    except FleetError:  # nothing can be made of these settings: preflight says why
+        return ()
+    seen = host.fact(InsideEnvironments, root=str(host.settings.root))
+    return findings(seen, host.settings, wanted, made, gpu=gpu, apply=_apply(path, host))
 
 
 def _apply(path: Path, host: Asker) -> str:
