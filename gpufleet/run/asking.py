@@ -201,15 +201,19 @@ def examine(
 ) -> list[Asked[tuple[Finding, ...]]]:
     """What is wrong on every host. Raises UsageError for an invalid inventory or limit."""
     from gpufleet.demo.facts import DemoService
-    from gpufleet.driver.doctor import findings
+    from gpufleet.driver.doctor import findings, in_order
     from gpufleet.kernel.plan import leaks, target
+    from gpufleet.mirrors import doctor as mirrors
+    from gpufleet.mirrors.facts import MirrorFiles
 
     upgrades: Alike[Upgrade] = Alike()
 
     def one(host: Asker) -> tuple[Finding, ...]:
         seen = pictures(host, upgrades)
+        root, user = str(host.settings.root), host.settings.user
+        sources = host.fact(MirrorFiles, root=root, user=user)
         service = host.fact(DemoService, address=f"http://{host.target.demo_on_host}")
-        return _environments(host, path, bool(seen.gpus.gpus)) + findings(
+        found = findings(
             seen.kernels,
             seen.gpus,
             service,
@@ -219,6 +223,8 @@ def examine(
             pin=leaks(seen.kernels, target(seen.kernels, host.settings.kernel.drift)),
             apply=_apply(path, host),
         )
+        inside = _environments(host, path, bool(seen.gpus.gpus))
+        return in_order([*inside, *found, *mirrors.findings(sources)])
 
     return ask(path, one, limit, told)
 
