@@ -22,7 +22,7 @@ from urllib.parse import quote, urlsplit
 
 from gpufleet.apt_sources import archive
 from gpufleet.errors import FleetError
-from gpufleet.lab import faults, image, network, sources, trust
+from gpufleet.lab import channel, faults, image, network, sources, trust
 from gpufleet.lab.machine import Progress, run, say_nothing
 from gpufleet.lab.state import write_whole
 
@@ -251,6 +251,10 @@ class Mirror:
         return self.root / "etc/nginx/mirror"
 
     @property
+    def _anaconda(self) -> Path:
+        return self.root / "srv/mirror/anaconda"
+
+    @property
     def _finished(self) -> Path:
         """The site's definition, written once all of it answers."""
         return self.lab.directory / "mirror-site.json"
@@ -267,7 +271,9 @@ class Mirror:
         return {
             "mirrors": {"site": SITE, "sites": {SITE: site}, "apt_security": True},
             "python_env": {
-                "manager": "uv",
+                "manager": "miniconda",
+                "installer": channel.INSTALLER,
+                "installer_sha256": channel.checksum(self._anaconda),
                 "source": "index",
                 "torch_index": f"{self.url}/pytorch/whl/cpu",
             },
@@ -282,9 +288,8 @@ class Mirror:
 
         `folder` is as the mirror sites have it: pkgs/main, cloud/conda-forge, miniconda.
         """
-        served = self.root / "srv/mirror/anaconda"
-        run("cp", "-r", "--no-preserve=mode,ownership", f"{folder}/.", served)
-        run("chmod", "-R", "a+rX", served)
+        run("cp", "-r", "--no-preserve=mode,ownership", f"{folder}/.", self._anaconda)
+        run("chmod", "-R", "a+rX", self._anaconda)
 
     def fault(
         self,
@@ -334,6 +339,7 @@ class Mirror:
             archives = self._archives()
             self._configure(archives)
             self._lay_torch(progress)
+            self.put_channel(channel.ensure(progress))
             self._reload()
             write_whole(self._finished, json.dumps(_site(archives), indent=2) + "\n")
         authority = (self._configuration / "tls/ca.crt").read_text()
