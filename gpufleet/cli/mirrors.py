@@ -89,8 +89,13 @@ def probe(
     if as_json:
         _print("mirrors probe", exit_code, [_probed(host) for host in hosts])
         raise typer.Exit(exit_code)
-    headings = ["HOST", "SITE", "SERVICE", "STATE", "MB/S", "WHY"]
-    rows = [_row(host.name, row) for host in hosts if host.answer for row in host.answer.found]
+    headings = ["HOST", "SERVICE", "SITE", "STATE", "MB/S", "WHY"]
+    rows = [
+        _row(host.name, row)
+        for host in hosts
+        if host.answer
+        for row in sorted(host.answer.found, key=_rank)
+    ]
     output.print_rows(headings, rows)
     for host in hosts:
         if host.answer:
@@ -196,10 +201,17 @@ def _served(found: tuple[Found, ...]) -> bool:
     return {row.service for row in found} == {row.service for row in found if row.passed}
 
 
+def _rank(row: Found) -> tuple[int, bool, float]:
+    """By service, those that work first, the fastest before the others."""
+    from gpufleet.catalog import SERVICES
+
+    return SERVICES.index(row.service), not row.passed, -(row.speed or 0)
+
+
 def _row(host: str, row: Found) -> list[str]:
     speed = "-" if row.speed is None else f"{row.speed / 1e6:.1f}"
     site = row.site if row.via == "public" else f"{row.site} ({row.via})"
-    return [host, site, row.service, row.state, speed, row.why]
+    return [host, row.service, site, row.state, speed, row.why]
 
 
 def _errors(hosts: list[Asked[Probed]] | list[Asked[Chosen]]) -> None:

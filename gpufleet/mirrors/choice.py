@@ -224,7 +224,7 @@ def _pick(
         if pick is not None:
             return pick
     out = catalogue.policy.excluded(wanted.provider) | set(wanted.exclude)
-    failed = _all_failed(found)
+    failed = _all_failed(found, held.name if held else "")
     if held is not None and held.name not in out and catalogue.policy.on_all_fail == "keep_current":
         return Pick(service, held, "kept", failed)
     return Pick(service, None, "official", failed)
@@ -331,12 +331,19 @@ def unmet(choice: Choice) -> list[str]:
 _NONE_PASSED = "no site passed"
 
 
-def _all_failed(found: list[Found]) -> str:
+def _all_failed(found: list[Found], held: str) -> str:
+    """Why no site can be used, those that fail alike together; the site in force first."""
     if not found:
         return "no site was probed"
-    first = found[0]
-    more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
-    return f"{_NONE_PASSED}: {first.site}: {first.why}{more}"
+    reasons: dict[str, list[str]] = {}
+    for one in sorted(found, key=lambda one: one.site != held):
+        reasons.setdefault(one.why, []).append(one.site)
+    lines = [
+        f"{sites[0] if len(sites) == 1 else f'{len(sites)} sites'}: {why}"
+        for why, sites in reasons.items()
+    ]
+    more = f"; and {len(lines) - 3} more reasons" if len(lines) > 4 else ""
+    return f"{_NONE_PASSED}: " + "; ".join(lines[: 3 if more else 4]) + more
 
 
 def rate(speed: float | None) -> str:

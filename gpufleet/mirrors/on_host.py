@@ -459,6 +459,10 @@ def conda(site: Site, spec: dict[str, Any]) -> Seen:
         seen.parts.append(name)
         if name == spec["needs"]:
             # A package if its name was among the first bytes; a site may keep .conda files only.
+            if not packages:
+                wrong[name] = Wrong("missing", f"{channel} has no packages")
+                seen.parts.remove(name)
+                break
             own = [path for path in packages if path.endswith(".conda")]
             index = f"{channel.rstrip('/')}/{spec['subdir']}/repodata.json"
             seen.files = own[-1:] or [index]

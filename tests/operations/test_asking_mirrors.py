@@ -173,7 +173,7 @@ def test_the_tables_hold_every_result_and_a_service_without_any_site_fails(
         cli.probe(inventory(exclude=["good"]), service=["pypi"])
     assert ended.value.exit_code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["HOST", "SITE", "SERVICE", "STATE", "MB/S", "WHY"]
+    assert lines[0].split() == ["HOST", "SERVICE", "SITE", "STATE", "MB/S", "WHY"]
     (line,) = [line for line in lines if " empty " in line]
     assert line.endswith("-     has no /pypi/simple/pip/ (404)")
     with pytest.raises(typer.Exit) as ended:

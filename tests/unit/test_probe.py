@@ -172,6 +172,17 @@ def test_a_site_without_conda_forge_is_of_no_use_for_conda(probe):
     assert f"/anaconda/cloud/conda-forge/{SUBDIR}/repodata.json" in found.why
 
 
+def test_a_channel_without_any_package_is_of_no_use(probe):
+    empty = b'{"info": {}, "packages": {}, "packages.conda": {}, "repodata_version": 1}'
+    files = {p: empty if p.endswith("repodata.json") else b for p, b in everything().items()}
+    with serving(files) as site:
+        found = one(probe(site, services=["conda"]), "conda")
+    assert (found.state, found.why) == (
+        "missing",
+        "/anaconda/cloud/conda-forge has no packages",
+    )
+
+
 def test_an_index_that_is_no_longer_valid_is_stale(probe):
     path = "/debian/dists/bookworm-updates/InRelease"
     valid = {"Valid-Until": "Sat, 01 Aug 2026 00:00:00 UTC"}
