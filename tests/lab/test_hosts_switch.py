@@ -13,6 +13,7 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fleets
 import pytest
@@ -20,9 +21,13 @@ import sites
 from fleets import HOME, Fleet, Host, fleet, ok, words
 from sites import Site
 
+from gpufleet import catalog
 from gpufleet.lab import channel
+from gpufleet.mirrors.choice import decide
+from gpufleet.mirrors.plan import RECORD, record
 from gpufleet.python_env import wheelhouse
 from gpufleet.python_env.plan import UV_LOCK
+from gpufleet.settings import Mirrors
 
 FILES = ("/etc/pip.conf", "/etc/uv/uv.toml", "/etc/conda/.condarc")
 CONDA = f"{HOME}/conda"
@@ -83,7 +88,7 @@ def mirrors(there: dict[str, Site]) -> Iterator[dict[str, Site]]:
         site.fault, site.at = "", "/"
 
 
-def settings(mirrors: dict[str, Site], site: str) -> dict[str, object]:
+def settings(mirrors: dict[str, Site], site: str) -> dict[str, dict[str, Any]]:
     own = {name: one.setting() for name, one in mirrors.items() if name != "official"}
     return {"mirrors": {"site": site, "sites": own}}
 
@@ -235,6 +240,29 @@ class TestInOrder:
         words(warning, "the next apply writes one again", "mirrors.site")
         assert content(host) == before
         assert ok(restore("--json")).changed(host.name) == {}
+
+
+def test_where_no_site_works_what_is_in_force_stays_and_that_is_said(
+    lab, host, mirrors, switch, tmp_path
+) -> None:
+    """As after a choice by measurement: the host remembers what it put in force."""
+    ok(switch("one"))
+    own = Mirrors.model_validate({**settings(mirrors, "one")["mirrors"]})
+    host.path(RECORD).write_text(record(decide(own, catalog.mirrors())))
+    in_force = content(host)
+    down = {name: Site(lab.gateway, {}) for name in ("one", "two")}
+    for site in down.values():
+        site.server.server_close()
+    auto = settings(down, "auto")
+    auto["mirrors"] |= {"exclude": list(catalog.mirrors().sites)}
+    chosen = lab.inventory(tmp_path, auto)
+    done = ok(fleet("apply", "-i", chosen, "--only", "mirrors", "--json"))
+    warnings = done.document["hosts"][0]["warnings"]
+    (kept,) = [line for line in warnings if "apt, pypi, conda: kept at one" in line]
+    words(kept, "no site passed", "fleet mirrors show")
+    for path in (*FILES, SOURCES):
+        assert content(host)[str(host.path(path))] == in_force[str(host.path(path))]
+    ok(fleet("mirrors", "restore", "-i", chosen))
 
 
 def test_whatever_wins_over_the_choice_is_said(lab, host, mirrors, switch, tmp_path) -> None:
