@@ -201,6 +201,8 @@ Description=NVIDIA Persistence Daemon (stand-in)
 
 [Service]
 Type=exec
+# As the real one, by nvidia-modprobe: it does not wait for udev.
+ExecStartPre=-/sbin/modprobe nvidia
 ExecStart=/bin/sh -c 'exec 3< /dev/nvidiactl && exec sleep infinity'
 
 [Install]
