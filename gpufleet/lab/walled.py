@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 from gpufleet.apt_sources import archive
 from gpufleet.errors import FleetError
 from gpufleet.lab import faults, image, network, sources, trust
-from gpufleet.lab.machine import Progress, say_nothing
+from gpufleet.lab.machine import Progress, run, say_nothing
 from gpufleet.lab.state import write_whole
 
 if TYPE_CHECKING:
@@ -35,8 +35,11 @@ _CERTIFICATE = "usr/local/share/ca-certificates/gpufleet-lab.crt"
 #: A change of the mirror's configuration takes about 0.1 s.
 _PATIENCE_SECONDS = 30.0
 
-# Finishes what a killed run began. The package lists are as old as the image.
+# Finishes what a killed run began, once that has ended: its shell outlives it here. The package
+# lists are as old as the image.
 _INSTALL = """set -e
+exec 9>/run/gpufleet-mirror.lock
+flock 9
 export DEBIAN_FRONTEND=noninteractive
 apt="apt-get -qq -o DPkg::Lock::Timeout=600"
 state=$(dpkg-query -W -f '${db:Status-Status}' nginx 2>/dev/null || true)
@@ -275,7 +278,9 @@ class Mirror:
 
         `folder` is as the mirror sites have it: pkgs/main, cloud/conda-forge, miniconda.
         """
-        shutil.copytree(folder, self.root / "srv/mirror/anaconda", dirs_exist_ok=True)
+        served = self.root / "srv/mirror/anaconda"
+        run("cp", "-r", "--no-preserve=mode,ownership", f"{folder}/.", served)
+        run("chmod", "-R", "a+rX", served)
 
     def fault(
         self,
