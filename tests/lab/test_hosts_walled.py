@@ -3,11 +3,17 @@ they send elsewhere is counted, and the mirror can fail as mirrors do, seen by t
 
 from __future__ import annotations
 
+import base64
+import http.server
+import io
 import json
 import os
 import re
+import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urljoin
 
 import fleets
 import pytest
@@ -297,6 +303,99 @@ class TestFaults:
         mirror.clear()
         client.sh(APT_UPDATE)
         client.sh(f"{PIP} -q markupsafe; {UV} -q markupsafe")
+
+
+class CompanyIndex:
+    """A package index as companies have it: a password, JSON pages, links of every kind."""
+
+    PAGES = "/root/+simple/"
+
+    def __init__(self, address: str, wheel: bytes) -> None:
+        self.wheel = wheel
+        self.refused = 0
+        index = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                files = self.server is index.files
+                account = base64.b64encode(b"me:s3cret").decode()
+                if not files and self.headers.get("Authorization") != f"Basic {account}":
+                    index.refused += 1
+                    self.send_error(401)
+                elif self.path.endswith(".whl"):
+                    self.answer("application/octet-stream", index.wheel)
+                elif self.path.startswith(index.PAGES):
+                    self.answer("application/vnd.pypi.simple.v1+json", index.page())
+                else:
+                    self.send_error(404)
+
+            def answer(self, kind: str, body: bytes) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: object) -> None:
+                """What was asked is in the mirror's own log."""
+
+        self.pages = http.server.ThreadingHTTPServer((address, 0), Handler)
+        self.files = http.server.ThreadingHTTPServer((address, 0), Handler)
+        self.url = f"http://me:s3cret@{address}:{self.pages.server_port}{self.PAGES}"
+        self.elsewhere = f"http://{address}:{self.files.server_port}/f/"
+        for server in (self.pages, self.files):
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def page(self) -> bytes:
+        """The same wheel three times: on another host, above the page, below the host's root."""
+        links = (self.elsewhere, "../../+f/", "/root/+f/")
+        names = [f"thing-{number}-py3-none-any.whl" for number in (1, 2, 3)]
+        urls = [link + name for link, name in zip(links, names, strict=True)]
+        files = [{"filename": n, "url": u, "hashes": {}} for n, u in zip(names, urls, strict=True)]
+        return json.dumps(
+            {"meta": {"api-version": "1.0"}, "name": "thing", "files": files}
+        ).encode()
+
+    def close(self) -> None:
+        for server in (self.pages, self.files):
+            server.shutdown()
+            server.server_close()
+
+
+def wheel() -> bytes:
+    """An empty wheel; only the pages know its version."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as made:
+        made.writestr("thing.py", "")
+    return file.getvalue()
+
+
+def test_an_index_with_a_password_and_json_pages_is_mirrored_whole(
+    walled: Fleet, client: Host, mirror: Mirror
+) -> None:
+    company = CompanyIndex(walled.gateway, wheel())
+    stop = "systemctl stop nginx"
+    try:
+        walled.lab.run(mirror.host, stop)
+        ok(fleet("lab", "up", "--name", walled.name, PIP_INDEX_URL=company.url))
+        accept = "-H 'Accept: application/vnd.pypi.simple.v1+json'"
+        page = client.sh(f"curl -sSf {accept} {INDEX}/thing/")
+        links = [file["url"] for file in json.loads(page)["files"]]
+        assert len(links) == 3
+        for link in links:
+            address = urljoin(f"{INDEX}/thing/", link)
+            assert address.startswith(f"{URL}/")
+            size = client.sh(f"curl -sSf {address} | wc -c")
+            assert int(size) == len(company.wheel)
+        assert company.refused == 0
+        # Nobody but root of the mirror host reads the password there.
+        assert "Authorization" in (mirror.root / "etc/nginx/mirror/site.conf").read_text()
+        assert (mirror.root / "etc/nginx/mirror").stat().st_mode & 0o077 == 0
+    finally:
+        company.close()
+        walled.lab.run(mirror.host, stop)
+        ok(fleet("lab", "up", "--name", walled.name))
+    client.sh(f"{PIP} -q markupsafe")
 
 
 def test_clients_of_the_mirror_never_looked_elsewhere(walled: Fleet, client: Host) -> None:
