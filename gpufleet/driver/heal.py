@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gpufleet import apt_sources, render
+from gpufleet import apt_sources, catalog, render
 from gpufleet.apt_sources import Entry
 from gpufleet.catalog import Drivers
 from gpufleet.demo.plan import UNIT as DEMO
@@ -515,11 +515,13 @@ def guarded(gpus: GpuPicture) -> bool:
 #: The file that makes the driver's packages known to apt.
 SOURCES = "/etc/apt/sources.list.d/gpufleet-driver.sources"
 
-#: Setting driver.source -> the host of NVIDIA's repository.
-REPOSITORIES = {
-    "nvidia": "developer.download.nvidia.com",
-    "nvidia-cn": "developer.download.nvidia.cn",
-}
+
+def repository_host(source: str) -> str | None:
+    """The host of NVIDIA's repository for a setting driver.source, None for other sources."""
+    if source == "nvidia-cn":
+        return catalog.mirrors().sites["nvidia-cn"].host
+    return "developer.download.nvidia.com" if source == "nvidia" else None
+
 
 #: Which components of the distribution's archive hold the driver.
 _COMPONENTS = {
@@ -555,8 +557,8 @@ def sources(kernels: KernelPicture, source: str, text: str) -> str | None:
         elif line.startswith("+") and path:
             files[path].append(line[1:])
     own = "\n".join([*files.pop(SOURCES, []), ""])
-    if source in REPOSITORIES:
-        uri = f"https://{REPOSITORIES[source]}/compute/cuda/repos/{repository(kernels)}/x86_64"
+    if site := repository_host(source):
+        uri = f"https://{site}/compute/cuda/repos/{repository(kernels)}/x86_64"
         keyring = ("Signed-By", "/usr/share/keyrings/cuda-archive-keyring.gpg")
         entries = [Entry(("deb",), (uri,), ("/",), (), (keyring,))]
     elif source == "distribution":

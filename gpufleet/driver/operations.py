@@ -384,7 +384,7 @@ def components(*, settings: Settings, drivers: Drivers) -> Commands:
         host.noop("the package sources are enabled")
         return
     changed()
-    if site := heal.REPOSITORIES.get(source):
+    if site := heal.repository_host(source):
         yield script(_KEYRING, site, heal.repository(at.kernels))
     yield StringCommand("install -d -m 700", f"{STATE}/incoming")
     yield FileUploadCommand(StringIO(content), f"{STATE}/incoming/driver.sources")
