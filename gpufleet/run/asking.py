@@ -204,14 +204,12 @@ def examine(
     from gpufleet.driver.doctor import findings, in_order
     from gpufleet.kernel.plan import leaks, target
     from gpufleet.mirrors import doctor as mirrors
-    from gpufleet.mirrors.facts import MirrorFiles
 
     upgrades: Alike[Upgrade] = Alike()
 
     def one(host: Asker) -> tuple[Finding, ...]:
         seen = pictures(host, upgrades)
-        root, user = str(host.settings.root), host.settings.user
-        sources = host.fact(MirrorFiles, root=root, user=user)
+        sources = _mirror_files(host)
         service = host.fact(DemoService, address=f"http://{host.target.demo_on_host}")
         found = findings(
             seen.kernels,
