@@ -21,8 +21,10 @@ hosts = [
             "ssh_key": str(_lab.key),
             "ssh_known_hosts_file": str(_lab.known_hosts),
             "ssh_strict_host_key_checking": "yes",
-            # Its hosts have the python that the environment is locked for.
+            # Its hosts have the python that the environment is locked for; a walled lab's take
+            # everything from its mirror host.
             "python_env": {"manager": "uv"},
+            **_lab.settings,
         },
     )
     for host in _lab.hosts

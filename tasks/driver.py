@@ -6,7 +6,7 @@ from pyinfra import host
 from pyinfra.api import DeployError, deploy
 
 from gpufleet import catalog
-from gpufleet.driver import heal, operations
+from gpufleet.driver import files, operations
 from gpufleet.driver.facts import GpuFacts
 from gpufleet.errors import FleetError
 from gpufleet.managed import operations as managed
@@ -25,7 +25,7 @@ def driver() -> None:
         return
     try:
         drivers = catalog.drivers()
-        nouveau, guard = heal.nouveau_files(), heal.guard_files()
+        nouveau, guard = files.nouveau(), files.guard()
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
     operations.permitted(name="See that a driver fits", settings=settings, drivers=drivers)
@@ -41,7 +41,7 @@ def driver() -> None:
     written = managed.files(
         name="Keep nouveau out",
         wanted=nouveau,
-        _if=lambda: heal.differ(nouveau, fresh(GpuFacts)),
+        _if=lambda: files.differ(nouveau, fresh(GpuFacts)),
     )
     operations.nouveau(
         name="Take that into every initrd",
@@ -60,7 +60,7 @@ def driver() -> None:
         managed.files(
             name="Write the boot guard",
             wanted=guard,
-            _if=lambda: heal.differ(guard, fresh(GpuFacts)),
+            _if=lambda: files.differ(guard, fresh(GpuFacts)),
         )
         operations.boot_guard(name="Enable the boot guard", enabled=True)
     else:
@@ -68,6 +68,6 @@ def driver() -> None:
         managed.restored(
             name="Remove the boot guard",
             paths=[file.path for file in guard],
-            _if=lambda: heal.lie(guard, fresh(GpuFacts)),
+            _if=lambda: files.lie(guard, fresh(GpuFacts)),
         )
     operations.rebooted(name="Boot the kernel that shall run", settings=settings, drivers=drivers)

@@ -6,7 +6,7 @@ from pyinfra import host
 from pyinfra.api import DeployError, deploy
 
 from gpufleet import catalog
-from gpufleet.driver.heal import REPOSITORIES
+from gpufleet.driver.sources import repository_host
 from gpufleet.errors import FleetError
 from gpufleet.managed import operations as managed
 from gpufleet.managed.plan import ManagedFile
@@ -82,7 +82,7 @@ def _shell(
     if version is None:
         return
     site = choice.site("cuda_apt")
-    address = f"https://{REPOSITORIES['nvidia']}/compute/cuda/repos"
+    address = f"https://{repository_host('nvidia')}/compute/cuda/repos"
     if site is not None and site.services.cuda_apt is not None:
         address = site.url(site.services.cuda_apt.url)
     environments.cuda_toolkit(

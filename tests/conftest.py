@@ -1,4 +1,4 @@
-"""What a test process keeps to: pyinfra patches it at its start or never."""
+"""What all tests share: their markers, and that pyinfra patches a process at its start or never."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+
+#: Folder -> the marker of its tests: these boot real hosts, those drive a browser on one.
+MARKERS = {"lab": "lab", "vm": "lab", "browser": "browser"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if marker := MARKERS.get(item.path.parent.name):
+            item.add_marker(marker)
 
 
 def _patched() -> bool:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-import typer
-
-from gpufleet.cli import options
+from gpufleet.cli import deploying, options
 
 
 def apply(
@@ -22,15 +18,6 @@ def apply(
     they are applied to in batches (setting rolling): then those whose turn has not come stay as
     they are.
     """
-    from gpufleet.cli import output
     from gpufleet.run import pyinfra
 
-    with output.watching(as_json, verbose) as watch:
-        result = pyinfra.apply(
-            inventory,
-            limit=limit or (),
-            only=only or (),
-            watch=watch,
-            output=sys.stderr if verbose else None,
-        )
-    raise typer.Exit(output.finish(result, as_json))
+    deploying.run(pyinfra.apply, inventory, limit, only, as_json, verbose)

@@ -3,6 +3,7 @@
 The document of `fleet demo --json` (`version` 1), times in seconds:
 
     {"version": 1, "command": "demo", "exit_code": 0|1|2|130, "apply": {as of fleet apply},
+     "strays": null or {HOST: PACKETS that it sent past the wall of a walled lab, …},
      "hosts": [{"name": HOST, "url": URL, "tunnel": COMMAND or null}, …],
      "check": null or [{"host": HOST, "error": LINE or null, "passed": BOOL, "asked": N,
                         "accuracy": 0…1, "kinds": {KIND: {"right": N, "asked": N}, …},
@@ -36,6 +37,13 @@ def demo(
         str | None, typer.Option(metavar="IMAGE", help="debian:12 (default) or another system.")
     ] = None,
     name: Annotated[str, typer.Option(metavar="NAME", help="The lab's name.")] = "lab",
+    walled: Annotated[
+        bool,
+        typer.Option(
+            "--walled",
+            help="The hosts have no way out but to a mirror host: proves that no deploy needs one.",
+        ),
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Ask every host about pictures with known answers.")
     ] = False,
@@ -53,12 +61,12 @@ def demo(
     from gpufleet import ROOT
     from gpufleet.cli import output
     from gpufleet.cli.lab import showing
-    from gpufleet.lab import up
+    from gpufleet.lab import strays, up
     from gpufleet.run import pyinfra
     from gpufleet.run.targets import Target
 
     with showing(quiet=as_json) as progress:
-        up(name, hosts, image, progress=progress)
+        fleet = up(name, hosts, image, walled=walled, progress=progress)
     # Which lab inventory/lab.py stands for.
     os.environ["GPUFLEET_LAB"] = name
     inventory = ROOT / "inventory" / "lab.py"
@@ -73,12 +81,19 @@ def demo(
     if check and result.exit_code == 0:
         reports = _check(targets, pictures, as_json)
         exit_code = 0 if all(report.passed for report in reports) else 1
+    sent = strays(name) if fleet.mirror_host else None
+    if sent and any(sent.values()):
+        exit_code = exit_code or 1
     if as_json:
-        print(json.dumps(_document(result, targets, reports, exit_code), ensure_ascii=False))
-    elif result.exit_code == 0:
+        document = _document(result, targets, reports, sent, exit_code)
+        print(json.dumps(document, ensure_ascii=False))
+    else:
         if reports is not None:
             _print_reports(reports)
-        _print_next(targets, name)
+        if sent is not None and result.exit_code == 0:
+            _print_strays(sent)
+        if result.exit_code == 0:
+            _print_next(targets, name)
     raise typer.Exit(exit_code)
 
 
@@ -166,6 +181,19 @@ def _print_reports(reports: list[Report]) -> None:
                 print(f"{report.host}: {asked.text} Right: {asked.expected!r}; {said}")
 
 
+def _print_strays(sent: dict[str, int]) -> None:
+    """Whether the wall was ever touched, a line for each host that did."""
+    for host, packets in sent.items():
+        if packets:
+            print(
+                f"{host}: sent {packets} packets to others than the mirror: something on it does "
+                "not know the mirror; `fleet lab down` forgets the count",
+                file=sys.stderr,
+            )
+    if not any(sent.values()):
+        print(f"{', '.join(sent)}: no packet to anything but the mirror since the lab was made")
+
+
 def _print_next(targets: list[Target], name: str) -> None:
     """What a newcomer does now."""
     print()
@@ -179,7 +207,11 @@ def _print_next(targets: list[Target], name: str) -> None:
 
 
 def _document(
-    result: Result, targets: list[Target], reports: list[Report] | None, exit_code: int
+    result: Result,
+    targets: list[Target],
+    reports: list[Report] | None,
+    sent: dict[str, int] | None,
+    exit_code: int,
 ) -> dict[str, Any]:
     from gpufleet.cli import output
 
@@ -188,6 +220,7 @@ def _document(
         "command": "demo",
         "exit_code": exit_code,
         "apply": output.document(result),
+        "strays": sent,
         "hosts": [
             {
                 "name": goal.name,

@@ -3,8 +3,9 @@
 The document of `fleet lab list --json` (`version` 1), and of `fleet lab up --json` with the one
 lab it brought up:
 
-    {"version": 1, "labs": [{"name": LAB, "image": IMAGE, "vm": BOOL, "subnet": CIDR,
-                             "key": FILE, "known_hosts": FILE,
+    {"version": 1, "labs": [{"name": LAB, "image": IMAGE, "vm": BOOL, "walled": BOOL,
+                             "subnet": CIDR, "key": FILE, "known_hosts": FILE,
+                             "mirror": null or {"name", "address", "running"} of a walled lab,
                              "hosts": [{"name": HOST, "address": IP, "running": BOOL}, …]}, …]}
 """
 
@@ -23,7 +24,7 @@ from gpufleet.cli import options
 from gpufleet.errors import FleetError
 
 if TYPE_CHECKING:
-    from gpufleet.lab import Lab, Progress
+    from gpufleet.lab import Host, Lab, Progress
 
 VERSION = 1
 
@@ -48,6 +49,12 @@ def up(
     name: Name = "lab",
     vm: Annotated[
         bool, typer.Option("--vm", help="Virtual machines: kernel, GRUB and reboots of their own.")
+    ] = False,
+    walled: Annotated[
+        bool,
+        typer.Option(
+            "--walled", help="No way out but to a mirror host of the lab: apt, PyPI, torch, conda."
+        ),
     ] = False,
     pci: Annotated[
         list[str] | None,
@@ -82,6 +89,7 @@ def up(
             hosts,
             image,
             vm=vm,
+            walled=walled,
             pci=pci or (),
             disk_mib=disk_mib,
             gpus=gpus or (),
@@ -176,13 +184,14 @@ def _show(fleets: list[Lab], as_json: bool) -> None:
             [
                 [fleet.name, _image(fleet), host.name, host.address, _state(host.running)]
                 for fleet in fleets
-                for host in fleet.hosts
+                for host in (*fleet.hosts, *filter(None, [fleet.mirror_host]))
             ],
         )
 
 
 def _image(fleet: Lab) -> str:
-    return f"{fleet.image} (vm)" if fleet.vm else fleet.image
+    kind = " (vm)" * fleet.vm + " (walled)" * (fleet.mirror_host is not None)
+    return fleet.image + kind
 
 
 def _state(running: bool) -> str:
@@ -194,11 +203,14 @@ def _document(fleet: Lab) -> dict[str, Any]:
         "name": fleet.name,
         "image": fleet.image,
         "vm": fleet.vm,
+        "walled": fleet.mirror_host is not None,
         "subnet": fleet.subnet,
         "key": str(fleet.key),
         "known_hosts": str(fleet.known_hosts),
-        "hosts": [
-            {"name": host.name, "address": host.address, "running": host.running}
-            for host in fleet.hosts
-        ],
+        "mirror": _host_document(fleet.mirror_host) if fleet.mirror_host else None,
+        "hosts": [_host_document(host) for host in fleet.hosts],
     }
+
+
+def _host_document(host: Host) -> dict[str, Any]:
+    return {"name": host.name, "address": host.address, "running": host.running}

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-import typer
-
-from gpufleet.cli import options
+from gpufleet.cli import deploying, options
 
 
 def plan(
@@ -21,15 +17,6 @@ def plan(
     Also in which order, where hosts are applied to in batches (setting rolling). Exit code 3 if
     it would change anything.
     """
-    from gpufleet.cli import output
     from gpufleet.run import pyinfra
 
-    with output.watching(as_json, verbose) as watch:
-        result = pyinfra.plan(
-            inventory,
-            limit=limit or (),
-            only=only or (),
-            watch=watch,
-            output=sys.stderr if verbose else None,
-        )
-    raise typer.Exit(output.finish(result, as_json))
+    deploying.run(pyinfra.plan, inventory, limit, only, as_json, verbose)

@@ -12,14 +12,12 @@ from gpufleet.demo.plan import UNIT, Service
 from gpufleet.driver import forecast
 from gpufleet.driver.forecast import BOTH, mend
 from gpufleet.driver.picture import GpuPicture
-from gpufleet.driver.verdict import Flavour, Problem, problems
+from gpufleet.driver.verdict import NEW_KERNEL_KIB, Flavour, Problem, problems
+from gpufleet.kernel.packages import is_driver, is_library, is_meta, is_modules
 from gpufleet.kernel.picture import Kernel, KernelPicture, Package
+from gpufleet.kernel.plan import idle_holds
 from gpufleet.settings import Settings
 from gpufleet.upgrade.plan import Unattended, Upgrade
-
-#: /boot with less than this is too full for a kernel to come or an initrd to grow, KiB: an initrd
-#: grows by up to 130 MiB when a driver and its firmware get into it.
-BOOT_FREE_KIB = 160 * 1024
 
 Severity = Literal["error", "warning", "note"]
 
@@ -242,7 +240,7 @@ def _loaded(kernels: KernelPicture, gpus: GpuPicture, apply: str) -> Iterable[Fi
             "error",
             "CUDA programs cannot start: the device file of unified memory is missing",
             f"no /dev/nvidia-uvm beside {', '.join(sorted(names)) or 'no /dev/nvidia*'}",
-            f"on the host: nvidia-modprobe -u -c=0; or {apply} --only driver",
+            f"{apply} --only driver",
         )
 
 
@@ -331,7 +329,7 @@ def _kernels(
                 f"no /lib/modules/{kernel.release}/build/include",
                 f"{apply} --only driver",
             )
-    if kernels.kernels and kernels.boot_free_kib < BOOT_FREE_KIB:
+    if kernels.kernels and kernels.boot_free_kib < NEW_KERNEL_KIB:
         yield Finding(
             "boot-full",
             "warning",
@@ -344,7 +342,7 @@ def _kernels(
 def _driver_packages(
     kernels: KernelPicture, gpus: GpuPicture, upgrade: Upgrade | None, settings: Settings
 ) -> Iterable[Finding]:
-    driver = [p for p in kernels.packages if forecast.is_driver(p.name) and p.installed]
+    driver = [p for p in kernels.packages if p.installed and _of_driver(p.name)]
     if kernels.runfile and driver:
         yield Finding(
             "runfile-and-packages",
@@ -364,7 +362,7 @@ def _driver_packages(
         )
     origins: dict[str, list[str]] = {}
     for name, origin in upgrade.came_from if upgrade else ():
-        if origin and forecast.is_driver(name):
+        if origin and _of_driver(name):
             origins.setdefault(origin, []).append(name)
     if len(origins) > 1:
         yield Finding(
@@ -376,7 +374,7 @@ def _driver_packages(
         )
     versions: dict[str, list[str]] = {}
     for package in driver:
-        if forecast.is_library(package.name) and not _transitional(package, driver):
+        if is_library(package.name) and not _transitional(package, driver):
             versions.setdefault(forecast.upstream(package.version), []).append(package.name)
     if len(versions) > 1:
         yield Finding(
@@ -411,11 +409,15 @@ def _transitional(package: Package, driver: Iterable[Package]) -> bool:
     )
 
 
+def _of_driver(name: str) -> bool:
+    return is_driver(name) or is_modules(name)
+
+
 def _names(packages: Iterable[Package]) -> str:
     return _some([f"{package.name} {package.version}" for package in packages])
 
 
-def _some(names: list[str], limit: int = 3) -> str:
+def _some(names: Sequence[str], limit: int = 3) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:limit]) + _more(len(names) - limit)
 
@@ -461,13 +463,7 @@ def _pin(
     audit: Sequence[str],
     apply: str,
 ) -> Iterable[Finding]:
-    known = {package.name: package for package in kernels.packages}
-    idle = sorted(
-        name
-        for name in kernels.holds
-        if forecast.concerns_us(name) and not (name in known and known[name].installed)
-    )
-    if idle:
+    if idle := idle_holds(kernels):
         yield Finding(
             "idle-holds",
             "warning",
@@ -531,7 +527,7 @@ def _not_spared(kernels: KernelPicture, unattended: Unattended) -> list[str]:
         for package in kernels.packages
         if package.installed
         and not package.held
-        and (forecast.is_meta(package.name) or forecast.is_driver(package.name))
+        and (is_meta(package.name, package.source) or is_driver(package.name, package.source))
         and not unattended.spares(package.name)
     ]
 

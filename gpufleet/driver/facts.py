@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyinfra.api import FactBase, FactProcessError, StringCommand
 
-from gpufleet.driver.heal import OWNED
+from gpufleet.driver.files import OWNED
 from gpufleet.driver.picture import GpuPicture
 from gpufleet.driver.plan import parse
 from gpufleet.shell import script
@@ -82,7 +82,11 @@ if [ -n "$gpu" ] && command -v apt-cache >/dev/null; then
     /^nvidia-(open-)?kernel-dkms$|^nvidia-headless-no-dkms-[0-9]+-server(-open)?$/ ||
       /^(nvidia-open|cuda-drivers|nvidia-fabricmanager)-[0-9]+$/ {{ print; next }}
     match($0, /^linux-modules-nvidia-[0-9]+-server(-open)?-/) && substr($0, RLENGTH + 1) in here')
-  [ $# -gt 0 ] && apt-cache show --no-all-versions "$@" 2>/dev/null | awk '
+  # By version: to find candidates for itself, `show` weighs every package that there is.
+  [ $# -gt 0 ] && set -- $(apt-cache policy "$@" 2>/dev/null | awk '
+    /^[^ ]/ {{ name = substr($1, 1, length($1) - 1) }}
+    $1 == "Candidate:" && $2 != "(none)" {{ print name "=" $2 }}')
+  [ $# -gt 0 ] && apt-cache show "$@" 2>/dev/null | awk '
     function flush() {{ if (p != "") print "offer\t" p "\t" v "\t" d; p = v = d = "" }}
     /^Package: / {{ flush(); p = $2 }}
     /^Version: / {{ v = $2 }}

@@ -9,41 +9,24 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gpufleet.driver.picture import GpuPicture
-from gpufleet.driver.verdict import Flavour, problems
+from gpufleet.driver.verdict import NEW_KERNEL_KIB, Flavour, problems
+from gpufleet.kernel.packages import (
+    HEADERS,
+    IMAGE,
+    PREBUILT,
+    concerns_gpu,
+    is_dkms,
+    is_driver,
+    is_library,
+    is_meta,
+    is_modules,
+)
 from gpufleet.kernel.picture import Kernel, KernelPicture, Module, NextBoot, Package
-from gpufleet.kernel.plan import age
+from gpufleet.kernel.release import age
 from gpufleet.settings import Settings
 from gpufleet.upgrade.plan import NONE, Change, Upgrade, by_itself
 
 BOTH: frozenset[Flavour] = frozenset({"open", "proprietary"})
-
-#: What /boot needs beside the initrd of a kernel that comes new, KiB: the kernel itself and the
-#: initrd's own growth (a driver's module and firmware add up to 130 MiB).
-BOOT_SPARE_KIB = 160 * 1024
-
-#: A kernel by its release, on Debian (signed or not) and Ubuntu.
-_IMAGE = re.compile(r"linux-image-(?:unsigned-)?(?P<release>\d+\.\d+\.\d+\S*?)(?:-unsigned|-dbg)?$")
-_HEADERS = re.compile(r"linux-headers-(?P<release>\d+\.\d+\.\d+\S*)$")
-#: Ubuntu's modules, built for one kernel by the archive.
-_PREBUILT = re.compile(
-    r"linux-modules-nvidia-(?P<branch>\d+)(?P<kind>(?:-server)?(?:-open)?)"
-    r"-(?P<release>\d+\.\d+\.\d+\S*)$"
-)
-#: The libraries whose version the module must have: Debian's and NVIDIA's libnvidia-ml1, Ubuntu's
-#: libnvidia-compute-BRANCH.
-_LIBRARIES = re.compile(
-    r"libnvidia-(?:tesla-(?:\d+-)?)?ml1$|libnvidia-compute(?:-\d+(?:-server)?(?:-open)?)?$"
-)
-#: Sources of the module that DKMS builds: nvidia-kernel-dkms, nvidia-dkms-535-server …
-_DKMS = re.compile(r"nvidia-(?!\S*no-dkms)\S*dkms\S*$")
-_DRIVER = re.compile(
-    r"(?:lib)?nvidia-(?!container|cuda-|settings|docker|vaapi)|libcuda1|cuda-drivers"
-    r"|firmware-nvidia-gsp|linux-(?:modules|objects|signatures)-nvidia-"
-)
-_KERNEL = re.compile(
-    r"linux-(?:image|headers|modules|modules-extra|generic|virtual|lowlatency|aws|azure|gcp|gke"
-    r"|oracle|kvm|nvidia|oem|ibm)(?:-|$)"
-)
 
 Verdict = Literal["safe", "unsafe", "nothing", "off", "unknown"]
 
@@ -213,7 +196,7 @@ def _coming(
     following = kernels.next_boot.release
     if not upgrade.available:
         return Coming("unknown", following, (), gpus.userland, ())
-    ours = tuple(change for change in upgrade.changes if concerns_us(change.name))
+    ours = tuple(change for change in upgrade.changes if concerns_gpu(change.name))
     if upgrade.error and gpu:
         text = f"apt cannot upgrade: {upgrade.error}"
         reason = Reason("apt", text, "on the host: apt-get --fix-broken install")
@@ -238,11 +221,6 @@ def _unattended(
     if upgrade.available and (upgrade.unattended is None or not upgrade.unattended.active):
         return Coming("off", kernels.next_boot.release, (), gpus.userland, ())
     return _coming(kernels, gpus, gpu, by_itself(upgrade), settings, allowed, apply)
-
-
-def concerns_us(name: str) -> bool:
-    """Whether a package is of the kernel or the driver."""
-    return bool(_KERNEL.match(name) or _DRIVER.match(name))
 
 
 def _losses(
@@ -280,9 +258,9 @@ def _losses(
     if metas := _named(removed, is_meta):
         text = f"it removes {metas}, so that kernels come without headers or modules later"
         found.append(Reason("meta-removed", text, f"{pin}, which holds all of them or none"))
-    if gone := _named((name for name in removed if not is_meta(name)), is_driver):
+    if gone := _named(removed, _is_driver_or_modules):
         found.append(Reason("driver-removed", f"it removes {gone}", pin))
-    for release in _releases(removed, _IMAGE):
+    for release in _releases(removed, IMAGE):
         if release in (kernels.running, kernels.next_boot.release):
             what = "running" if release == kernels.running else "next"
             text = f"it removes kernel {release}, the {what} one"
@@ -296,19 +274,8 @@ def _losses(
     return tuple(found)
 
 
-def is_driver(name: str) -> bool:
-    """Whether a package is part of the driver: libraries, modules or what pulls them in."""
-    return bool(_DRIVER.match(name))
-
-
-def is_library(name: str) -> bool:
-    """Whether a package holds the libraries whose version the module must have."""
-    return bool(_LIBRARIES.match(name))
-
-
-def is_meta(name: str) -> bool:
-    """Whether a package is a kernel's meta-package, which follows the newest kernel."""
-    return bool(_KERNEL.match(name)) and not re.search(r"\d+\.\d+\.\d+", name)
+def _is_driver_or_modules(name: str) -> bool:
+    return is_driver(name) or (is_modules(name) and not is_meta(name))
 
 
 def _named(names: Iterable[str], kind: Callable[[str], bool]) -> str:
@@ -326,7 +293,7 @@ def _releases(names: Iterable[str], pattern: re.Pattern[str]) -> tuple[str, ...]
 
 def _boot_needs(kernels: KernelPicture) -> int:
     """What a new kernel takes of /boot, KiB."""
-    return max((k.initrd_bytes or 0 for k in kernels.kernels), default=0) // 1024 + BOOT_SPARE_KIB
+    return max((k.initrd_bytes or 0 for k in kernels.kernels), default=0) // 1024 + NEW_KERNEL_KIB
 
 
 def after(kernels: KernelPicture, gpus: GpuPicture, changes: Sequence[Change]) -> After:
@@ -342,22 +309,18 @@ def after(kernels: KernelPicture, gpus: GpuPicture, changes: Sequence[Change]) -
     removed = [change.name for change in changes if change.is_removed]
     new = tuple(
         release
-        for release in _releases((c.name for c in coming if c.is_new), _IMAGE)
+        for release in _releases((c.name for c in coming if c.is_new), IMAGE)
         if kernels.kernel(release) is None
     )
-    gone = [r for r in _releases(removed, _IMAGE) if r not in _releases(names, _IMAGE)]
-    libraries = _newest(c.new or "" for c in coming if _LIBRARIES.match(c.name)) or gpus.userland
-    if (
-        gpus.userland
-        and any(map(_LIBRARIES.match, removed))
-        and not any(map(_LIBRARIES.match, names))
-    ):
+    gone = [r for r in _releases(removed, IMAGE) if r not in _releases(names, IMAGE)]
+    libraries = _newest(c.new or "" for c in coming if is_library(c.name)) or gpus.userland
+    if gpus.userland and any(map(is_library, removed)) and not any(map(is_library, names)):
         libraries = ""
-    built = any(map(_DKMS.match, names)) or any(kernel.dkms for kernel in kernels.kernels)
-    rebuilt = _newest(c.new or "" for c in coming if _DKMS.match(c.name))
+    built = any(map(is_dkms, names)) or any(kernel.dkms for kernel in kernels.kernels)
+    rebuilt = _newest(c.new or "" for c in coming if is_dkms(c.name))
     like = _like(kernels)
-    headers = set(_releases((c.name for c in coming), _HEADERS))
-    lost = set(_releases(removed, _HEADERS))
+    headers = set(_releases((c.name for c in coming), HEADERS))
+    lost = set(_releases(removed, HEADERS))
     fresh = [Kernel(r, False, _initrd(kernels), like.nouveau_in_initrd, None) for r in new]
     stay = [one for one in (*kernels.kernels, *fresh) if one.release not in gone]
     newest = max((one.release for one in stay), key=age, default="")
@@ -368,12 +331,12 @@ def after(kernels: KernelPicture, gpus: GpuPicture, changes: Sequence[Change]) -
         prebuilt = _prebuilt(one.release, (c.name for c in coming), libraries, like.module)
         if prebuilt is not None:
             module = prebuilt
-        elif one.release in _releases(removed, _PREBUILT):
+        elif one.release in _releases(removed, PREBUILT):
             module = None
         elif built and (rebuilt or one.release in new):
             version = rebuilt or (like.module.version if like.module else libraries)
             due = one.release in (kernels.running, newest, *new)
-            own = module is not None and one.release in _releases(names, _PREBUILT)
+            own = module is not None and one.release in _releases(names, PREBUILT)
             if not own:
                 module = _build(one.release, version, like.module) if has and due else None
         seen.append(replace(one, headers=has, module=module))
@@ -406,7 +369,7 @@ def _prebuilt(
     release: str, coming: Iterable[str], libraries: str, like: Module | None
 ) -> Module | None:
     """The module that the archive built for exactly this kernel, if it comes."""
-    for match in filter(None, map(_PREBUILT.match, coming)):
+    for match in filter(None, map(PREBUILT.match, coming)):
         if match["release"] == release:
             version = libraries if _major(libraries) == match["branch"] else match["branch"]
             licence = "Dual MIT/GPL" if match["kind"].endswith("-open") else "NVIDIA"
@@ -466,14 +429,14 @@ def _notes(
     if not upgrade.available:
         found.append("no apt-get here: what an upgrade would do is not known")
         return tuple(found)
-    kept = [name for name in upgrade.kept_back if concerns_us(name)]
+    kept = [name for name in upgrade.kept_back if concerns_gpu(name)]
     held = {package.name for package in kernels.packages if package.held}
     if by_hold := [name for name in kept if name in held]:
         found.append(f"the holds keep out what is newer of {', '.join(by_hold)}")
     if others := [name for name in kept if name not in held]:
         found.append(f"kept back without a hold of their own: {', '.join(others)}")
-    if any(map(_DKMS.match, (c.name for c in upgrade.changes))) or (
-        _releases((c.name for c in upgrade.changes if c.is_new), _IMAGE)
+    if any(map(is_dkms, (c.name for c in upgrade.changes))) or (
+        _releases((c.name for c in upgrade.changes if c.is_new), IMAGE)
         and any(one.dkms for one in kernels.kernels)
     ):
         found.append("DKMS builds the module during the upgrade; whether it succeeds shows then")

@@ -5,24 +5,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from gpufleet import apt_sources, render
-from gpufleet.apt_sources import Entry
 from gpufleet.catalog import Drivers
-from gpufleet.demo.plan import UNIT as DEMO
 from gpufleet.driver.picture import GpuPicture
 from gpufleet.driver.plan import Choice, Refusal, allowed, choose, kernel_packages
-from gpufleet.driver.verdict import Flavour, Problem, problems
+from gpufleet.driver.verdict import INITRD_GROWTH_KIB, Flavour, Problem, problems
 from gpufleet.kernel.picture import Kernel, KernelPicture
-from gpufleet.managed.plan import ManagedFile
+from gpufleet.kernel.release import age
 from gpufleet.settings import Driver as DriverSettings
 from gpufleet.settings import Kernel as KernelSettings
 from gpufleet.settings import Settings
-
-#: An initrd can grow by this much when a driver's module and firmware get into it, KiB.
-INITRD_GROWTH_KIB = 130 * 1024
 
 #: Sources whose packages make up one driver and must all be of one version: Debian's, Ubuntu's
 #: and NVIDIA's own, and the open modules, which Debian builds from a source of their own.
@@ -222,7 +216,8 @@ def _load(kernels: KernelPicture, gpus: GpuPicture, running: Care) -> tuple[Load
     if not gpus.gpus or one is None or one.module is None or bad:
         return "nothing", ()
     if gpus.loaded == one.module.version:
-        return "nothing", ()
+        # Unified memory has a module of its own, and no CUDA program starts without its device.
+        return "nothing" if "nvidia-uvm" in gpus.devices else "load", ()
     if not gpus.loaded and not gpus.nouveau_loaded:
         return "load", ()
     strangers = tuple(name for name in gpus.holders if not name.startswith(_STOPPED))
@@ -254,17 +249,12 @@ def _target(
             for one in kernels.kernels
             if not problems(kernels, gpus, one.release, allowed)
         ),
-        key=_age,
+        key=age,
     )
     if not others:
         return following.release, ()
     why = f"kernel {running.release} cannot have a module; {others[-1]} has one"
     return others[-1], (why,)
-
-
-def _age(release: str) -> tuple[tuple[int, ...], str]:
-    """Sorts kernel releases from old to new."""
-    return tuple(int(number) for number in re.findall(r"\d+", release)), release
 
 
 def _refusals(
@@ -461,159 +451,6 @@ def look(
         tried=tried,
     )
     return Sight(settings, kernels, gpus, choice, decision)
-
-
-NOUVEAU = "/etc/modprobe.d/gpufleet-nouveau.conf"
-GUARD = "gpufleet-boot-guard.service"
-_GUARD_UNIT = f"/etc/systemd/system/{GUARD}"
-_GUARD_PROGRAM = "/usr/local/lib/gpufleet/boot-guard"
-_GUARD_WANTED = f"/etc/systemd/system/multi-user.target.wants/{GUARD}"
-
-#: What GpuFacts looks at, beside the driver itself, so that files cost no command of their own.
-OWNED = (NOUVEAU, _GUARD_PROGRAM, _GUARD_UNIT, _GUARD_WANTED)
-
-#: Seconds that the boot guard may take: a build takes 4 minutes on 2 cores.
-_GUARD_SECONDS = 900
-
-
-def nouveau_files() -> list[ManagedFile]:
-    """What keeps nouveau out."""
-    return [ManagedFile(NOUVEAU, render.text("nouveau.conf.j2"))]
-
-
-def guard_files() -> list[ManagedFile]:
-    """The boot guard: what it runs, then its unit, whose check looks for the program."""
-    unit = render.text(
-        "boot-guard.service.j2",
-        program=_GUARD_PROGRAM,
-        seconds=_GUARD_SECONDS,
-        before=(DEMO, "nvidia-persistenced.service", "nvidia-fabricmanager.service"),
-    )
-    return [
-        ManagedFile(_GUARD_PROGRAM, render.text("boot-guard.sh.j2"), "755", validate="sh -n {}"),
-        ManagedFile(_GUARD_UNIT, unit, validate="systemd-analyze verify {}"),
-    ]
-
-
-def differ(files: Iterable[ManagedFile], gpus: GpuPicture) -> bool:
-    """Whether a file is not on the host as it should be."""
-    there = dict(gpus.owned)
-    return any(there.get(file.path) != f"{file.mode} {file.sha256}" for file in files)
-
-
-def lie(files: Iterable[ManagedFile], gpus: GpuPicture) -> bool:
-    """Whether any of the files is on the host."""
-    there = dict(gpus.owned)
-    return any(file.path in there for file in files)
-
-
-def guarded(gpus: GpuPicture) -> bool:
-    """Whether the boot guard runs at the next boot."""
-    return _GUARD_WANTED in dict(gpus.owned)
-
-
-#: The file that makes the driver's packages known to apt.
-SOURCES = "/etc/apt/sources.list.d/gpufleet-driver.sources"
-
-#: Setting driver.source -> the host of NVIDIA's repository.
-REPOSITORIES = {
-    "nvidia": "developer.download.nvidia.com",
-    "nvidia-cn": "developer.download.nvidia.cn",
-}
-
-#: Which components of the distribution's archive hold the driver.
-_COMPONENTS = {
-    "debian": ("contrib", "non-free", "non-free-firmware"),
-    "ubuntu": ("restricted",),
-}
-
-_CODENAMES = {
-    ("debian", "12"): "bookworm",
-    ("debian", "13"): "trixie",
-    ("ubuntu", "22.04"): "jammy",
-    ("ubuntu", "24.04"): "noble",
-}
-
-
-def repository(kernels: KernelPicture) -> str:
-    """The distribution's folder in NVIDIA's repository, such as debian12 or ubuntu2404."""
-    return kernels.os + kernels.os_version.replace(".", "")
-
-
-def sources(kernels: KernelPicture, source: str, text: str) -> str | None:
-    """What `SOURCES` must hold so that apt knows the driver's packages; None if it does already.
-
-    `text` is what the host's source files hold: a line `file`, tab, path, then lines after a plus.
-    The distribution's components are added at the addresses that the host uses, its mirror's too.
-    """
-    files: dict[str, list[str]] = {}
-    path = ""
-    for line in text.splitlines():
-        if line.startswith("file\t"):
-            path = line.partition("\t")[2]
-            files[path] = []
-        elif line.startswith("+") and path:
-            files[path].append(line[1:])
-    own = "\n".join([*files.pop(SOURCES, []), ""])
-    if source in REPOSITORIES:
-        uri = f"https://{REPOSITORIES[source]}/compute/cuda/repos/{repository(kernels)}/x86_64"
-        keyring = ("Signed-By", "/usr/share/keyrings/cuda-archive-keyring.gpg")
-        entries = [Entry(("deb",), (uri,), ("/",), (), (keyring,))]
-    elif source == "distribution":
-        entries = _more_components(kernels, files)
-    else:
-        return None
-    stanzas = [_stanza(entry) for entry in entries]
-    wanted = "\n".join(["# Written by gpufleet: where the driver's packages are.\n", *stanzas])
-    return None if not entries or wanted == own else wanted
-
-
-def _more_components(kernels: KernelPicture, files: dict[str, list[str]]) -> list[Entry]:
-    codename = _CODENAMES.get((kernels.os, kernels.os_version), "")
-    found = [
-        entry
-        for path, lines in files.items()
-        for entry in apt_sources.parse(path, "\n".join([*lines, ""]))
-        if "deb" in entry.types and apt_sources.is_distribution(entry, kernels.os, codename)
-    ]
-    having: dict[tuple[str, str], set[str]] = {}
-    for entry in found:
-        for uri in entry.uris:
-            for suite in entry.suites:
-                having.setdefault((uri, suite), set()).update(entry.components)
-    more: dict[Entry, None] = {}
-    for entry in found:
-        for uri in entry.uris:
-            for suite in entry.suites:
-                there = having[uri, suite]
-                lacking = tuple(c for c in _COMPONENTS.get(kernels.os, ()) if c not in there)
-                if "main" in entry.components and lacking:
-                    one = replace(entry, types=("deb",), uris=(uri,), suites=(suite,))
-                    more[replace(one, components=lacking)] = None
-    return list(more)
-
-
-def _stanza(entry: Entry) -> str:
-    fields = {
-        "Types": " ".join(entry.types),
-        "URIs": " ".join(entry.uris),
-        "Suites": " ".join(entry.suites),
-        "Components": " ".join(entry.components),
-        **dict(entry.options),
-    }
-    return "".join(f"{key}: {value}\n" for key, value in fields.items() if value)
-
-
-def runfile_version(filename: str) -> str:
-    """The driver version in a .run file's name, empty if it has none."""
-    found = re.fullmatch(r"NVIDIA-Linux-[a-z0-9_]+-(\d+(?:\.\d+)+)(?:-.*)?\.run", filename)
-    return found[1] if found else ""
-
-
-def grub_entry(kernels: KernelPicture, release: str) -> str | None:
-    """The id of a kernel's GRUB entry; the submenu's where it is there twice."""
-    entries = [entry for entry, one in kernels.grub.entries if one == release]
-    return next((entry for entry in entries if ">" in entry), entries[0] if entries else None)
 
 
 def fabric_problem(choice: Choice, gpus: GpuPicture) -> str:

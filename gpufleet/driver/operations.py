@@ -28,11 +28,12 @@ from gpufleet import render
 from gpufleet.apt import APT, INSTALL
 from gpufleet.catalog import Drivers
 from gpufleet.demo.plan import UNIT as DEMO
-from gpufleet.driver import heal
+from gpufleet.driver import files, heal, sources
 from gpufleet.driver.facts import GpuFacts
 from gpufleet.driver.heal import Sight, Step
-from gpufleet.driver.plan import Refusal
+from gpufleet.driver.plan import Refusal, runfile_version
 from gpufleet.kernel.facts import KernelFacts
+from gpufleet.kernel.grub import entry_of
 from gpufleet.seen import changed, fresh
 from gpufleet.settings import Settings
 from gpufleet.shell import failing, script
@@ -69,17 +70,20 @@ dpkg-deb -x "$new/keyring.deb" "$new/x"
 install -D -m 644 "$new/x$key" "$key"
 """
 
-# Package work waits for others and is not joined by the daily timers. $1 kernel release, then
-# names. A version is asked for by name: the pin of the kernel then does not hide it. What no
-# source has is left out; that is found afterwards, where it counts.
-_HEADERS = (
+# Package work waits for others and is not joined by the daily timers.
+_WITH_FRESH_LISTS = (
     r"""
 timers=$(systemctl list-units --plain --no-legend 'apt-daily*.timer' | cut -d' ' -f1)
 [ -z "$timers" ] || systemctl stop $timers
 trap '[ -z "$timers" ] || systemctl start $timers' EXIT
-k=$1; shift
 """
     + f"{APT} update || exit\n"
+)
+
+# $@ names. A version is asked for by name: the pin of the kernel then does not hide it. What no
+# source has is left out; that is found afterwards, where it counts.
+_HEADERS = (
+    _WITH_FRESH_LISTS
     + r"""
 for name in "$@"; do
   # Headers that these are built upon, such as -common, are hidden by the pin like these.
@@ -101,14 +105,9 @@ done
 # some distributions and hides it on others. Only packages that did not arrive are a failure.
 # $1 source of the driver, then names.
 _PACKAGES = (
-    r"""
-timers=$(systemctl list-units --plain --no-legend 'apt-daily*.timer' | cut -d' ' -f1)
-[ -z "$timers" ] || systemctl stop $timers
-trap '[ -z "$timers" ] || systemctl start $timers' EXIT
-source=$1; shift
-"""
-    + f"{APT} update || exit\n"
+    _WITH_FRESH_LISTS
     + r"""
+source=$1; shift
 for name in "$@"; do
   from=$(LC_ALL=C apt-get -s install --no-install-recommends -- "$name" 2>/dev/null |
     sed -n "s/^Inst \($name\|$name:[a-z0-9]*\) .*(\(.*\))\$/\2/p" | head -n 1)
@@ -238,10 +237,15 @@ if [ "$1" != load ]; then
   [ "$1" != unload ] || exit 0
 fi
 modprobe nvidia 2>/dev/null || modprobe "$2" || { start; exit 1; }
-# Without it CUDA finds no device; nvidia-modprobe makes its device nodes.
+# Without it CUDA finds no device. Its node is nvidia-modprobe's to make, or, where that is not
+# installed, made as NVIDIA's installation guide has it.
 modprobe nvidia-uvm 2>/dev/null || modprobe "$2-uvm"
 ! command -v nvidia-modprobe >/dev/null || nvidia-modprobe -c 0 -u
+uvm=$(sed -n 's/^ *\([0-9]*\) nvidia-uvm$/\1/p' /proc/devices)
+[ -e /dev/nvidia-uvm ] || [ -z "$uvm" ] || mknod -m 666 /dev/nvidia-uvm c "$uvm" 0
 start
+[ -e /dev/nvidia-uvm ] || { echo "the module is loaded and /dev/nvidia-uvm is missing: look what \
+modprobe nvidia-uvm says on the host" >&2; exit 1; }
 [ -z "$bad" ] || { echo "the module is loaded and$bad did not start: see journalctl" >&2; exit 1; }
 exit 0
 """
@@ -379,16 +383,16 @@ def components(*, settings: Settings, drivers: Drivers) -> Commands:
         host.noop("no package is missing")
         return
     source = at.choice.source
-    content = heal.sources(at.kernels, source, host.get_fact(Command, command=SOURCES) or "")
+    content = sources.wanted(at.kernels, source, host.get_fact(Command, command=SOURCES) or "")
     if content is None:
         host.noop("the package sources are enabled")
         return
     changed()
-    if site := heal.REPOSITORIES.get(source):
-        yield script(_KEYRING, site, heal.repository(at.kernels))
+    if site := sources.repository_host(source):
+        yield script(_KEYRING, site, sources.repository(at.kernels))
     yield StringCommand("install -d -m 700", f"{STATE}/incoming")
     yield FileUploadCommand(StringIO(content), f"{STATE}/incoming/driver.sources")
-    yield script(_SOURCE, f"{STATE}/incoming/driver.sources", heal.SOURCES)
+    yield script(_SOURCE, f"{STATE}/incoming/driver.sources", sources.PATH)
 
 
 @operation()
@@ -404,7 +408,7 @@ def headers(*, settings: Settings, drivers: Drivers) -> Commands:
         return
     changed()
     for step in steps:
-        yield script(_HEADERS, step.release, *step.packages)
+        yield script(_HEADERS, *step.packages)
     changed()
 
 
@@ -429,7 +433,7 @@ def runfile(*, settings: Settings, drivers: Drivers) -> Commands:
         host.noop("no .run file is asked for")
         return
     here = Path(settings.driver.runfile or "")
-    version = heal.runfile_version(here.name)
+    version = runfile_version(here.name)
     if version and at.gpus.userland == version and at.kernels.runfile:
         host.noop(f"driver {version} is installed")
         return
@@ -517,7 +521,7 @@ def _step(step: Step) -> StringCommand:
 
 def _default(at: Sight, release: str) -> Commands:
     """Have GRUB boot this kernel from now on."""
-    entry = heal.grub_entry(at.kernels, release)
+    entry = entry_of(at.kernels.grub, release)
     changed()
     if entry is None:
         yield failing(f"GRUB has no entry for kernel {release}: run update-grub on the host, apply")
@@ -531,7 +535,7 @@ def loaded(*, settings: Settings, drivers: Drivers) -> Commands:
     """Load the module, or exchange the loaded one for the one on the disk if nobody uses it."""
     at = _look(settings, drivers, tried=True)
     if isinstance(at, Refusal) or at.decision.load == "nothing":
-        host.noop("the module on the disk is the one that is loaded")
+        host.noop("the module on the disk is the one that is loaded, with its devices")
         return
     if at.decision.load == "reboot":
         if settings.kernel.reboot == "when-safe" and at.decision.reboot == "safe":
@@ -568,14 +572,14 @@ def services(*, settings: Settings, drivers: Drivers) -> Commands:
 @operation()
 def boot_guard(*, enabled: bool) -> Commands:
     """Have the boot guard run at the next boot, or not any more."""
-    if heal.guarded(fresh(GpuFacts)) == enabled:
+    if files.guarded(fresh(GpuFacts)) == enabled:
         host.noop(f"the boot guard is {'enabled' if enabled else 'not there'}")
         return
     changed()
     if enabled:
-        yield StringCommand("systemctl daemon-reload && systemctl enable --quiet", heal.GUARD)
+        yield StringCommand("systemctl daemon-reload && systemctl enable --quiet", files.GUARD)
     else:
-        yield StringCommand("systemctl disable --quiet", heal.GUARD)
+        yield StringCommand("systemctl disable --quiet", files.GUARD)
     changed()
 
 
@@ -602,7 +606,7 @@ def rebooted(*, settings: Settings, drivers: Drivers) -> Commands:
             f"kernel {target} shall boot and this host has no GRUB to say so: boot it by hand"
         )
         return
-    entry = heal.grub_entry(at.kernels, target) or ""
+    entry = entry_of(at.kernels.grub, target) or ""
     if trial and not entry:
         yield failing(f"GRUB has no entry for kernel {target}: run update-grub on the host, apply")
         return

@@ -67,7 +67,7 @@ class GpuPicture:
     devices: tuple[str, ...]
     """Names of /dev/nvidia*."""
     owned: tuple[tuple[str, str], ...] = ()
-    """(path, `MODE SHA256`) of the files of `heal.OWNED` that are on the host."""
+    """(path, `MODE SHA256`) of the files of `files.OWNED` that are on the host."""
     lost: tuple[str, ...] = ()
     """PCI addresses of GPUs that fell off the bus: their configuration space answers only ones, or
     the module still has them and the bus does not."""

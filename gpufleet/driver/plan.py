@@ -702,3 +702,9 @@ def _upstream(version: str) -> str:
     """The driver's version in a package's: 535.261.03 of 535.261.03-1~deb12u1."""
     found = re.match(r"(?:\d+:)?([0-9]+(?:\.[0-9]+)*)", version)
     return found[1] if found else ""
+
+
+def runfile_version(filename: str) -> str:
+    """The driver version in a .run file's name, empty if it has none."""
+    found = re.fullmatch(r"NVIDIA-Linux-[a-z0-9_]+-(\d+(?:\.\d+)+)(?:-.*)?\.run", filename)
+    return found[1] if found else ""

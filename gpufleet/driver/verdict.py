@@ -13,6 +13,11 @@ Flavour = Literal["open", "proprietary"]
 #: Licence of the module -> its flavour (NVIDIA's kernel-open/nvidia/nv.c and its proprietary twin).
 FLAVOURS: dict[str, Flavour] = {"Dual MIT/GPL": "open", "NVIDIA": "proprietary"}
 
+#: What an initrd can grow by when a driver's module and firmware get into it, and what a kernel
+#: that comes new takes of /boot beside its initrd's size so far, KiB.
+INITRD_GROWTH_KIB = 130 * 1024
+NEW_KERNEL_KIB = INITRD_GROWTH_KIB + 30 * 1024
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from pyinfra import host
 from pyinfra.api import StringCommand, operation
 
+from gpufleet.kernel import rhel
 from gpufleet.kernel.facts import KernelFacts
 from gpufleet.kernel.plan import (
     HOLDS,
@@ -14,9 +15,6 @@ from gpufleet.kernel.plan import (
     Drift,
     holds,
     leaks,
-    rhel_locks,
-    rhel_pin,
-    rhel_unpin,
     target,
 )
 from gpufleet.seen import changed, fresh
@@ -95,14 +93,14 @@ def held(*, drift: Drift) -> Generator[StringCommand]:
     picture = fresh(KernelFacts)
     release = target(picture, drift)
     if picture.family == "rhel":
-        commands = rhel_pin(picture, release)
+        commands = rhel.pin(picture, release)
         if not commands:
             host.noop(f"kernel {release} is locked")
             return
         changed()
         for command in commands:
             yield StringCommand(command)
-        yield script(_LOCKED, *rhel_locks(picture))
+        yield script(_LOCKED, *rhel.locks(picture))
         changed()
         return
     change = holds(picture, release)
@@ -123,7 +121,7 @@ def unheld() -> Generator[StringCommand]:
         return
     changed()
     if picture.family == "rhel":
-        for command in rhel_unpin(picture):
+        for command in rhel.unpin(picture):
             yield StringCommand(command)
     elif still := [name for name in picture.own_holds if name in picture.holds]:
         yield script(_HOLD, " ".join(still), "", "")

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import fnmatch
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cmp_to_key
-from itertools import pairwise
 from typing import Literal
 
+from gpufleet.kernel import rhel
+from gpufleet.kernel.grub import entry_of, next_boot, read
+from gpufleet.kernel.packages import bare, concerns_gpu, is_driver, is_meta, is_modules
 from gpufleet.kernel.picture import (
     Family,
     Grub,
     Kernel,
     KernelPicture,
     Module,
-    NextBoot,
     Package,
 )
+from gpufleet.kernel.release import abi, age
 from gpufleet.managed.plan import ManagedFile, differing
 from gpufleet.managed.plan import parse as parse_files
 from gpufleet.render import text
+from gpufleet.upgrade.plan import begins
 
 #: What gpufleet notes on a host: the release that it pinned, and the packages that it held.
 PIN = "/var/lib/gpufleet/kernel-pin"
@@ -49,29 +50,7 @@ BLACKLIST = (
     "xserver-xorg-video-nvidia",
 )
 
-#: What makes apt forget the pin for one command: a kernel that came past it, and that shall be
-#: healed, needs headers that the pin forbids. Only for commands that name all they install.
-PAST_THE_PIN = "-o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null"
-
-#: What dnf versionlock holds; with kernel-devel a module can still be built, as it stays here.
-RHEL_KERNEL = (
-    "kernel",
-    "kernel-core",
-    "kernel-modules",
-    "kernel-modules-core",
-    "kernel-modules-extra",
-    "kernel-devel",
-    "kernel-devel-matched",
-)
-
 Drift = Literal["adopt", "revert"]
-
-_NOT_THE_DRIVER = re.compile(r"(lib)?nvidia-(container|docker|cuda-|cudnn|cg-|visual|nsight)")
-_DRIVER = re.compile(r"(lib)?nvidia-|cuda-drivers")
-_DRIVER_SOURCE = re.compile(r"nvidia-(graphics-drivers|open-gpu|persistenced|modprobe)|fabric-")
-_MODULES_META = re.compile(r"linux-(modules|objects)-nvidia-")
-_DEBIAN_META = re.compile(r"linux-(image|headers)-(?![0-9])")
-_RELEASE = re.compile(r"[0-9]+\.[0-9]+(\.[0-9]+)?[^ ]*-[a-z]")
 
 
 # --- the host's picture -----------------------------------------------------------------------
@@ -99,7 +78,15 @@ def parse(lines: Iterable[str]) -> KernelPicture:
     kernels = tuple(
         sorted((_kernel(values, found) for values in found["kernel"]), key=lambda k: age(k.release))
     )
-    grub = _grub(found, one("grub_default"))
+    grub = Grub(present=False)
+    if found["grub"]:
+        grub = read(
+            ("\t".join(values) for values in found["grub_cfg"]),
+            dict(_fields(values, 2) for values in found["grub_env"]),
+            one("grub_default"),
+            [values[0] for values in found["grub_dropin"]],
+            writable=bool(found["grub_writable"]),
+        )
     return KernelPicture(
         family=family,
         os=one("os"),
@@ -169,199 +156,6 @@ def _texts(lines: Iterable[Sequence[str]]) -> tuple[tuple[str, str], ...]:
     return tuple((path, "\n".join(lines) + "\n") for path, lines in texts.items())
 
 
-# --- GRUB -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An entry of GRUB's menu; a submenu has entries of its own and no release."""
-
-    title: str
-    id: str
-    release: str
-    entries: tuple[Entry, ...] = ()
-
-
-@dataclass
-class _Open:
-    """A brace of grub.cfg that is not closed yet; no title: it is no entry's."""
-
-    title: str | None
-    id: str = ""
-    release: str = ""
-    entries: tuple[Entry, ...] = ()
-
-
-def menu(lines: Iterable[str]) -> tuple[str, tuple[Entry, ...]]:
-    """The default that grub.cfg has, and its entries, as grub-mkconfig writes them.
-
-    `${saved_entry}` is the default where GRUB_DEFAULT is `saved`.
-    """
-    default = ""
-    stack = [_Open(None)]
-    for line in lines:
-        words = line.split(None, 1)
-        if not words:
-            continue
-        if words[0] in {"menuentry", "submenu"}:
-            stack.append(_opened(line))
-        elif words[0] == "}":
-            if len(stack) > 1:
-                done = stack.pop()
-                if done.title is not None:
-                    entry = Entry(done.title, done.id, done.release, done.entries)
-                    stack[-1].entries += (entry,)
-        elif line.rstrip().endswith("{"):
-            stack.append(_Open(None))
-        elif words[0] in {"linux", "linux16", "linuxefi"}:
-            image = words[1].split()[0].rpartition("/")[2] if len(words) > 1 else ""
-            kernel = re.fullmatch(r"(?:vmlinuz|vmlinux|kernel)-(.+)", image)
-            stack[-1].release = stack[-1].release or (kernel[1] if kernel else "")
-        elif line.strip().startswith("set default="):
-            value = line.strip().removeprefix("set default=").strip('"')
-            if "next_entry" not in value and len(stack) == 1:
-                default = value
-    return default, stack[0].entries
-
-
-def _opened(line: str) -> _Open:
-    try:
-        words = shlex.split(line)
-    except ValueError:  # a title over several lines; its entry counts, its name does not
-        words = line.split()
-    title = words[1] if len(words) > 1 else ""
-    for option, value in pairwise(words):
-        if option in {"$menuentry_id_option", "--id"}:
-            return _Open(title, value)
-    return _Open(title)
-
-
-def resolve(entries: Sequence[Entry], wanted: str) -> tuple[str, bool]:
-    """The release that GRUB boots for a default, and whether the default names an entry.
-
-    GRUB takes a number, a title or an id, and `>` between a submenu and what is in it; what it
-    does not find is entry 0, without a word (normal/menu.c, get_entry_number and run_menu).
-    """
-    head, _, rest = wanted.replace(">>", "\0").partition(">")
-    head = head.replace("\0", ">").strip()
-    rest = rest.replace("\0", ">>")
-    if not entries:
-        return "", False
-    number = int(head) if head.isdecimal() else None
-    chosen = next(
-        (
-            entry
-            for place, entry in enumerate(entries)
-            if (place == number if number is not None else head and head in {entry.title, entry.id})
-        ),
-        None,
-    )
-    entry, whole = (entries[0], not head) if chosen is None else (chosen, True)
-    if not entry.entries:
-        return entry.release, whole and not rest
-    release, found = resolve(entry.entries, rest if chosen is not None else "")
-    return release, whole and found
-
-
-def _entries(entries: Iterable[Entry], above: str = "") -> Iterable[tuple[str, str]]:
-    for entry in entries:
-        path = f"{above}{entry.id or entry.title.replace('>', '>>')}"
-        if entry.entries:
-            yield from _entries(entry.entries, f"{path}>")
-        elif entry.release and "recovery" not in f"{entry.id} {entry.title}":
-            yield path, entry.release
-
-
-def _grub(found: dict[str, list[list[str]]], default: str) -> Grub:
-    if not found["grub"]:
-        return Grub(present=False)
-    written, entries = menu("\t".join(values) for values in found["grub_cfg"])
-    environment = {v[0]: v[1] for v in (_fields(v, 2) for v in found["grub_env"])}
-    saved = environment.get("saved_entry", "")
-    made = written or default
-    chosen = saved if made in {"saved", "${saved_entry}"} else made
-    release, resolved = resolve(entries, chosen)
-    if made != chosen:
-        reason = f"saved_entry {chosen}" if chosen else "no saved_entry: first entry of grub.cfg"
-    elif made in {"", "0"}:
-        reason = "first entry of grub.cfg"
-    else:
-        reason = f"GRUB_DEFAULT {made}"
-    if chosen and not resolved:
-        reason += " names no entry of grub.cfg: GRUB boots the first one without a word"
-    return Grub(
-        present=True,
-        default=default,
-        dropins=tuple(values[0] for values in found["grub_dropin"]),
-        entries=tuple(_entries(entries)),
-        saved_entry=saved,
-        next_entry=environment.get("next_entry", ""),
-        env_writable=bool(found["grub_writable"]),
-        written=made,
-        boots=release,
-        boots_reason=reason,
-        next_boots=resolve(entries, environment.get("next_entry", "")),
-    )
-
-
-def next_boot(kernels: Sequence[Kernel], grub: Grub, grubby: str = "") -> NextBoot:
-    """The kernel that the next reboot starts: what grubby says, else GRUB's next_entry, its
-    default, or, without GRUB, the newest kernel. `grubby` is a path such as /boot/vmlinuz-…"""
-    if grubby:
-        return NextBoot(grubby.rpartition("/")[2].partition("-")[2], "grubby --default-kernel")
-    if grub.present and grub.next_entry:
-        release, resolved = grub.next_boots
-        reason = f"grubenv next_entry {grub.next_entry}"
-        if not resolved:
-            reason += " names no entry of grub.cfg: GRUB boots the first one without a word"
-        return NextBoot(release or None, reason)
-    if grub.present:
-        return NextBoot(grub.boots or None, grub.boots_reason)
-    if kernels:
-        newest = max(kernels, key=lambda kernel: age(kernel.release))
-        return NextBoot(newest.release, "no GRUB: the newest kernel that is installed")
-    return NextBoot(None, "no GRUB and no kernel in /boot")
-
-
-def grub_entry(picture: KernelPicture, release: str) -> str | None:
-    """The id path of grub.cfg that boots exactly this kernel, whatever else is installed; None if
-    there is none: the first entry of the menu is of the newest kernel, whichever that is."""
-    for path, booted in picture.grub.entries:
-        if booted == release and release in path.rpartition(">")[2]:
-            return path
-    return None
-
-
-def _version_order(one: str, other: str) -> int:
-    """dpkg's order of versions (deb-version(7)): <0, 0 or >0."""
-    split = re.compile(r"([0-9]+)")
-    ours, theirs = split.split(one), split.split(other)
-    for place in range(max(len(ours), len(theirs))):
-        a = ours[place] if place < len(ours) else ""
-        b = theirs[place] if place < len(theirs) else ""
-        if place % 2:
-            order = int(a or 0) - int(b or 0)
-        else:
-            order = 0
-            for index in range(max(len(a), len(b))):
-                order = order or _weight(a[index : index + 1]) - _weight(b[index : index + 1])
-        if order:
-            return order
-    return 0
-
-
-def _weight(character: str) -> int:
-    if character == "~":
-        return -1
-    if not character:
-        return 0
-    return ord(character) + (0 if character.isalpha() else 256)
-
-
-#: Sorts kernel releases from old to new, as dpkg sorts versions.
-age = cmp_to_key(_version_order)
-
-
 # --- what is pinned ---------------------------------------------------------------------------
 
 
@@ -383,36 +177,9 @@ def missing(picture: KernelPicture, drift: Drift) -> str:
     return f"kernel {release} runs and is not in /boot: boot an installed kernel, then apply"
 
 
-def abi(release: str) -> str:
-    """What flavours of one kernel share: 6.8.0-40 of 6.8.0-40-generic, 6.1.0-56 of
-    6.1.0-56-cloud-amd64, 6.12.38+deb13 of 6.12.38+deb13-amd64."""
-    parts = release.split("-")
-    count = next((n for n, part in enumerate(parts) if not part[:1].isdigit()), len(parts))
-    return "-".join(parts[: max(count, 1)])
-
-
-def is_meta(package: Package) -> bool:
-    """Whether a package brings whatever kernel is newest: the leaks of a pin."""
-    name = package.name.partition(":")[0]
-    if _RELEASE.search(name):
-        return False
-    return bool(
-        package.source.startswith("linux-meta")
-        or _DEBIAN_META.match(name)
-        or _MODULES_META.match(name)
-    )
-
-
-def is_driver(package: Package) -> bool:
-    """Whether a package is part of the driver: what runs beside a container is not."""
-    if _NOT_THE_DRIVER.match(package.name):
-        return False
-    return bool(_DRIVER.match(package.name) or _DRIVER_SOURCE.match(package.source))
-
-
 def _belongs(package: Package, release: str) -> bool:
     """Whether a package is of exactly this kernel, or headers that its flavours share."""
-    name = package.name.partition(":")[0]
+    name = bare(package.name)
     shared = re.escape(abi(release))
     return name.startswith("linux-") and bool(
         name.endswith((f"-{release}", f"-{release}-unsigned"))
@@ -428,7 +195,11 @@ def hold_set(picture: KernelPicture, release: str) -> tuple[str, ...]:
         package.name
         for package in picture.packages
         if package.installed
-        and (is_meta(package) or is_driver(package) or _belongs(package, release))
+        and (
+            is_meta(package.name, package.source)
+            or is_driver(package.name, package.source)
+            or _belongs(package, release)
+        )
     )
 
 
@@ -464,7 +235,7 @@ def pin_files(picture: KernelPicture, release: str) -> list[ManagedFile]:
         # Names a file of apt's syntax; apt-config fails on one that it cannot read.
         ManagedFile(UNATTENDED, unattended, validate="apt-config shell _ _ -c {}"),
     ]
-    entry = grub_entry(picture, release)
+    entry = entry_of(picture.grub, release)
     if picture.grub.present and entry is not None:
         grub = text("grub-default.j2", release=release, entry=entry)
         files.append(ManagedFile(GRUB, grub, validate="sh -n {}"))
@@ -510,7 +281,7 @@ def holds(picture: KernelPicture, release: str) -> Holds:
 def leaks(picture: KernelPicture, release: str) -> tuple[str, ...]:
     """Every way in which the pin of this kernel is not in force; each says what to do."""
     if picture.family == "rhel":
-        return tuple(_rhel_leaks(picture, release))
+        return tuple(rhel.leaks(picture, release))
     if picture.family != "debian":
         return (f"{picture.os or 'this system'}: no pin is known for it: set kernel.pin to False",)
     return (
@@ -521,22 +292,13 @@ def leaks(picture: KernelPicture, release: str) -> tuple[str, ...]:
     )
 
 
-def audit(picture: KernelPicture, release: str) -> tuple[str, ...]:
-    """The leaks of the pin, and holds that look like one and protect nothing."""
-    return (*leaks(picture, release), *idle_holds(picture))
-
-
 def idle_holds(picture: KernelPicture) -> tuple[str, ...]:
-    """Holds on kernel or driver packages that are not installed: apt-mark lists them all the
-    same."""
+    """Packages of kernel and driver that are held and not installed: apt-mark lists them all the
+    same, and the hold protects nothing."""
     if picture.family != "debian":
         return ()
     installed = {package.name for package in picture.packages if package.installed}
-    return tuple(
-        f"the hold on {name} protects nothing, it is not installed: apt-mark unhold {name}"
-        for name in sorted(picture.holds - installed)
-        if name.startswith("linux-") or _DRIVER.match(name)
-    )
+    return tuple(name for name in sorted(picture.holds - installed) if concerns_gpu(name))
 
 
 def _hold_leaks(picture: KernelPicture, release: str) -> Iterable[str]:
@@ -545,10 +307,9 @@ def _hold_leaks(picture: KernelPicture, release: str) -> Iterable[str]:
         name = package.name
         if name in intended and not package.held:
             why = ""
-            if _MODULES_META.match(name) and is_meta(package):
-                why = " and brings the next kernel in, without headers"
-            elif is_meta(package):
+            if is_meta(name, package.source):
                 why = " and brings the next kernel in"
+                why += ", without headers" * is_modules(name)
             yield f"{name} is not held{why}: apply again, or apt-mark hold {name}"
     if not any(
         package.installed
@@ -617,7 +378,7 @@ def _unattended_leaks(picture: KernelPicture, release: str) -> Iterable[str]:
     patterns = [value for value in values["Package-Blacklist"] if value]
     names = [f"linux-image-{release}", *hold_set(picture, release)]
     for name in names:
-        if not any(_anchored(pattern, name) for pattern in patterns):
+        if not any(begins(pattern, name) for pattern in patterns):
             yield f"unattended-upgrades may upgrade {name}: apply again to write {UNATTENDED}"
             break
     for option in ("Remove-Unused-Kernel-Packages", "Automatic-Reboot"):
@@ -629,18 +390,11 @@ def _unattended_leaks(picture: KernelPicture, release: str) -> Iterable[str]:
             )
 
 
-def _anchored(pattern: str, name: str) -> bool:
-    try:
-        return re.match(pattern, name) is not None
-    except re.error:
-        return False
-
-
 def _grub_leaks(picture: KernelPicture, release: str) -> Iterable[str]:
     grub = picture.grub
     if not grub.present:
         return
-    entry = grub_entry(picture, release)
+    entry = entry_of(picture.grub, release)
     if entry is None:
         yield f"grub.cfg has no entry of its own for kernel {release}: install it, run update-grub"
         return
@@ -654,92 +408,3 @@ def _grub_leaks(picture: KernelPicture, release: str) -> Iterable[str]:
     if grub.boots != release:
         boots = grub.boots or "nothing that is known"
         yield f"GRUB boots {boots} by default, not {release} ({grub.boots_reason}): run update-grub"
-
-
-# --- the RHEL family --------------------------------------------------------------------------
-
-
-def rhel_locks(picture: KernelPicture) -> tuple[str, ...]:
-    """Packages to lock at the version they have: the kernel's and the driver's, if installed."""
-    return tuple(
-        dict.fromkeys(
-            package.name
-            for package in picture.packages
-            if package.installed
-            and (
-                package.name in RHEL_KERNEL
-                or re.match(r"(k?mod-)?nvidia-|libnvidia-|cuda-drivers", package.name)
-            )
-            and not _NOT_THE_DRIVER.match(package.name)
-        )
-    )
-
-
-def rhel_pin(picture: KernelPicture, release: str) -> tuple[str, ...]:
-    """Commands that lock this kernel and the driver, and boot it by default.
-
-    A kernel package is installed in several versions side by side, so its lock names the one.
-    """
-    commands = []
-    specs = [
-        f"{name}-{_nevra(release)}" if name in RHEL_KERNEL else name
-        for name in rhel_locks(picture)
-        if not _locked(picture, name)
-    ]
-    if specs:
-        commands.append(shlex.join(["dnf", "-q", "versionlock", "add", *specs]))
-    if picture.next_boot.release != release:
-        commands.append(shlex.join(["grubby", "--set-default", f"/boot/vmlinuz-{release}"]))
-    return tuple(commands)
-
-
-def rhel_unpin(picture: KernelPicture) -> tuple[str, ...]:
-    """Commands that lift gpufleet's own locks; other people's stay."""
-    if not picture.own_holds:
-        return ()
-    return (shlex.join(["dnf", "-q", "versionlock", "delete", *picture.own_holds]),)
-
-
-def _nevra(release: str) -> str:
-    """5.14.0-427.el9.x86_64 -> 5.14.0-427.el9: a lock names version and release, any arch."""
-    return re.sub(r"\.(x86_64|aarch64|ppc64le|s390x)$", "", release)
-
-
-def _locked(picture: KernelPicture, name: str) -> bool:
-    """Whether versionlock has a line for the package: NAME-EPOCH:VERSION-RELEASE.*, or in the
-    TOML of dnf 5 its bare name. A line that begins with ! excludes one version: no lock."""
-    shape = re.compile(rf"{re.escape(name)}(-(\d+:)?\d[^ -]*-[^ -]+)?")
-    return any(shape.fullmatch(hold) for hold in picture.holds)
-
-
-def _rhel_leaks(picture: KernelPicture, release: str) -> Iterable[str]:
-    for name in rhel_locks(picture):
-        if not _locked(picture, name):
-            yield f"{name} is not locked: apply again, or dnf versionlock add {name}"
-    if picture.next_boot.release != release:
-        yield (
-            f"{picture.next_boot.release} boots by default, not {release}: "
-            f"grubby --set-default /boot/vmlinuz-{release}"
-        )
-    yield from rhel_warnings(picture)
-
-
-def rhel_warnings(picture: KernelPicture) -> tuple[str, ...]:
-    """What in dnf.conf breaks healing or the pin."""
-    found = []
-    for option, value in picture.dnf:
-        if option.startswith("exclude") and any(
-            fnmatch.fnmatchcase("kernel-devel", word) for word in re.split(r"[ ,]+", value)
-        ):
-            found.append(
-                f"dnf.conf has {option}={value}, which keeps kernel-devel out too, so that no "
-                "module can be built: remove it, the version lock pins the kernel"
-            )
-        elif option == "installonly_limit" and value.strip().isdecimal():
-            limit = int(value)
-            if 0 < limit <= len(picture.kernels):
-                found.append(
-                    f"dnf.conf has installonly_limit={limit} and {len(picture.kernels)} kernels "
-                    "are installed: the next one evicts the oldest, be it pinned: set it to 0"
-                )
-    return tuple(found)

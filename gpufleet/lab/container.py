@@ -76,9 +76,13 @@ class Container(LabHost):
         *,
         gpus: str | None = None,
         kernel: str | None = None,
+        walled: bool = False,
     ) -> None:
-        """`gpus` names a recording of the GPU double, `kernel` the release that uname tells."""
-        super().__init__(name, directory, subnet, number)
+        """`gpus` names a recording of the GPU double, `kernel` the release that uname tells.
+
+        A `walled` host reaches nothing but the mirror host of its lab.
+        """
+        super().__init__(name, directory, subnet, number, walled=walled)
         self.root = directory / "root"
         self._gpus, self._kernel = gpus, kernel
         self._disk = directory / "disk"
@@ -159,7 +163,7 @@ class Container(LabHost):
             self._mount_root(image)
         if self._kernel is not None:
             run("chroot", self.root, "sh", "-c", _DIVERT, "sh", self._kernel)
-        network.make_host_network(self.name, self.subnet, self.number)
+        network.make_host_network(self.name, self.subnet, self.number, self.walled)
         (self._cgroup / "supervisor").mkdir(parents=True)
         self._delegate()
         with self.console.open("a") as console:

@@ -27,7 +27,11 @@ class LabHost(ABC):
     #: How long it may take from its start until SSH answers.
     boot_seconds: ClassVar[float]
 
-    def __init__(self, name: str, directory: Path, subnet: Subnet, number: int) -> None:
+    def __init__(
+        self, name: str, directory: Path, subnet: Subnet, number: int, *, walled: bool = False
+    ) -> None:
+        """A `walled` host reaches nothing but the mirror host of its lab."""
+        self.walled = walled
         self.name = name
         self.directory = directory
         self.subnet = subnet
@@ -95,17 +99,27 @@ class LabHost(ABC):
 
     def _own_files(self, host_key: Path, authorized_key: str) -> dict[str, tuple[str, int]]:
         """What differs from host to host: path below the root -> text and mode."""
+        known = f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {self.name}\n"
+        if not self.walled:
+            servers = "".join(f"nameserver {ip}\n" for ip in network.name_servers())
+        else:
+            known += f"{self.subnet.mirror} {' '.join(network.MIRROR_NAMES)}\n"
+            # Nobody answers there: who asks for any other name is counted as a stray.
+            servers = f"nameserver {self.subnet.gateway}\noptions timeout:1 attempts:1\n"
         files = {
             "etc/hostname": f"{self.name}\n",
-            "etc/hosts": f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {self.name}\n",
+            "etc/hosts": known,
             "etc/machine-id": f"{uuid.uuid4().hex}\n",
-            "etc/resolv.conf": "".join(f"nameserver {ip}\n" for ip in network.name_servers()),
+            "etc/resolv.conf": servers,
             "etc/environment": self._environment(),
             "root/.ssh/authorized_keys": authorized_key,
         }
         options = trust.apt_options()
         if options:
             files["etc/apt/apt.conf.d/90operator"] = "".join(f"{option}\n" for option in options)
+        if self.walled:
+            # It would ask for its server's SRV record first, and nobody answers for names.
+            files["etc/apt/apt.conf.d/91walled"] = 'Acquire::EnableSrvRecords "false";\n'
         gateway = self.subnet.gateway
         own = {path: (trust.seen_from_host(text, gateway), 0o644) for path, text in files.items()}
         return own | {

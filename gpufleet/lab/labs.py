@@ -15,18 +15,19 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gpufleet.errors import FleetError, UsageError
 from gpufleet.lab import disk as disks
 from gpufleet.lab import image as images
 from gpufleet.lab import machine, network, qemu, sources, state
+from gpufleet.lab import walled as mirrors
 from gpufleet.lab.container import Container, key_pair
 from gpufleet.lab.host import LabHost
 from gpufleet.lab.locks import locked
 from gpufleet.lab.machine import Progress, say_nothing
 from gpufleet.lab.pci import Device
-from gpufleet.lab.state import STATE, HostRecord, LabRecord
+from gpufleet.lab.state import MIRROR, STATE, HostRecord, LabRecord
 from gpufleet.lab.vm import VirtualMachine
 
 DEFAULT_NAME = "lab"
@@ -57,6 +58,20 @@ class Lab:
     hosts: tuple[Host, ...]
     directory: Path
     vm: bool = False
+    #: The host beside the others that a walled lab's hosts download from.
+    mirror_host: Host | None = None
+
+    @property
+    def mirror(self) -> mirrors.Mirror:
+        """The mirror of a walled lab; UsageError for a lab that has none."""
+        if self.mirror_host is None:
+            raise UsageError(f"lab {self.name} has no mirror host: `fleet lab up --walled` has one")
+        return mirrors.Mirror(self, self.mirror_host)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What inventories of this lab set for every host: the mirror of a walled lab."""
+        return self.mirror.settings() if self.mirror_host else {}
 
     @property
     def key(self) -> Path:
@@ -71,8 +86,8 @@ class Lab:
     def host(self, host: str | Host) -> Host:
         """The host called `host`; UsageError lists those there are."""
         name = host.name if isinstance(host, Host) else host
-        for each in self.hosts:
-            if each.name == name:
+        for each in (*self.hosts, self.mirror_host):
+            if each is not None and each.name == name:
                 return each
         known = ", ".join(each.name for each in self.hosts)
         raise UsageError(f"lab {self.name} has no host {name!r}: it has {known}")
@@ -112,13 +127,19 @@ def _host(lab: LabRecord, host: HostRecord) -> LabHost:
     directory = lab.directory / "hosts" / name
     if lab.vm:
         return VirtualMachine(name, directory, lab.subnet, host.number, lab.pci)
-    return Container(name, directory, lab.subnet, host.number, gpus=host.gpus, kernel=host.kernel)
+    shown = {"gpus": host.gpus, "kernel": host.kernel}
+    behind = lab.walled and host.number != MIRROR
+    return Container(name, directory, lab.subnet, host.number, **shown, walled=behind)
 
 
 def _look(lab: LabRecord) -> Lab:
-    made = [_host(lab, host) for host in lab.hosts]
-    hosts = tuple(Host(each.name, str(each.address), each.running) for each in made)
-    return Lab(lab.name, lab.image, lab.network, hosts, lab.directory, lab.vm)
+    def look(host: HostRecord) -> Host:
+        made = _host(lab, host)
+        return Host(made.name, str(made.address), made.running)
+
+    hosts = tuple(map(look, lab.hosts))
+    mirror = look(lab.mirror) if lab.mirror else None
+    return Lab(lab.name, lab.image, lab.network, hosts, lab.directory, lab.vm, mirror)
 
 
 def load(name: str = DEFAULT_NAME) -> Lab:
@@ -135,12 +156,22 @@ def labs() -> list[Lab]:
     return [_look(lab) for lab in found if lab]
 
 
+def strays(name: str = DEFAULT_NAME) -> dict[str, int]:
+    """Host -> packets that it sent, or tried to send, to anything but the mirror of its lab.
+
+    UsageError for a lab that is not walled, FleetError where it is not up.
+    """
+    lab = load(name)
+    return lab.mirror.strays()
+
+
 def up(
     name: str = DEFAULT_NAME,
     hosts: int = 2,
     image: str | None = None,
     *,
     vm: bool = False,
+    walled: bool = False,
     pci: Sequence[str] = (),
     disk_mib: int | None = None,
     gpus: Sequence[str] = (),
@@ -153,7 +184,8 @@ def up(
     is completed. `image` is as in ``debian:12``; by default what the lab has, or debian:12.
     New hosts get a filesystem of `disk_mib` MiB, by default all of this machine's. The hosts of
     a new lab are virtual machines where `vm` says so, each with the PCI devices `pci`, such as
-    ``10de:20b5:0302``; a lab stays what it is. New containers show what the recordings `gpus` of
+    ``10de:20b5:0302``. Those of a `walled` lab reach nothing but a mirror host that it has
+    besides. A lab stays what it is. New containers show what the recordings `gpus` of
     the GPU double have, host by host in turn, and say that they run the kernel of the release
     `kernel`. UsageError for arguments that cannot be met, FleetError where this machine cannot
     have a lab.
@@ -170,7 +202,15 @@ def up(
             f"lab {name} runs containers: "
             f"`fleet lab down --name {name}` first, or give another --name"
         )
+    if existing and walled and not existing.walled:
+        raise UsageError(
+            f"lab {name} is not walled: "
+            f"`fleet lab down --name {name}` first, or give another --name"
+        )
     vm = existing.vm if existing else vm
+    walled = existing.walled if existing else walled
+    if vm and walled:
+        raise UsageError("virtual machines cannot be walled: leave --vm or --walled out")
     if pci and not vm:
         raise UsageError("only virtual machines have PCI devices of their own: give --vm too")
     if (gpus or kernel) and vm:
@@ -204,19 +244,25 @@ def up(
     if vm:
         qemu.ensure_packages(progress)
     machine.require_kernel()
+    if walled:
+        mirrors.require_direct_way()
     root = Path(existing.image_root) if existing else _image(wanted, vm, progress)
     with locked(state.lab_directory(name), progress):
-        lab = state.load(name) or _found(name, wanted, root, vm, tuple(pci))
+        lab = state.load(name) or _found(name, wanted, root, vm, walled, tuple(pci))
         # A smaller number takes no host away: that is what `down` is for.
         for number in range(len(lab.hosts) + 1, hosts + 1):
             shown = gpus[(number - 1) % len(gpus)] if gpus else None
             lab = lab.with_host(HostRecord(number, disk_mib, gpus=shown, kernel=kernel))
         state.save(lab)
         network.change_machine()
-        network.ensure_bridge(lab.name, lab.subnet)
+        behind = {each.number: lab.host_name(each) for each in lab.hosts} if lab.walled else {}
+        network.ensure_bridge(lab.name, lab.subnet, behind)
         lab = _prepare_hosts(lab, progress)
         _boot_hosts(lab, progress)
-        return _look(lab)
+        seen = _look(lab)
+        if lab.walled:
+            seen.mirror.furnish(progress)
+        return seen
 
 
 def _image(wanted: sources.Release, vm: bool, progress: Progress) -> Path:
@@ -227,7 +273,7 @@ def _image(wanted: sources.Release, vm: bool, progress: Progress) -> Path:
 
 
 def _found(
-    name: str, wanted: sources.Release, root: Path, vm: bool, pci: tuple[str, ...]
+    name: str, wanted: sources.Release, root: Path, vm: bool, walled: bool, pci: tuple[str, ...]
 ) -> LabRecord:
     """A new lab with a network of its own, written down before any of it exists."""
     with locked(STATE):
@@ -238,6 +284,8 @@ def _found(
         taken = network.networks_in_use() + [IPv4Network(lab.network) for lab in others]
         subnet = network.free_subnet(taken)
         lab = LabRecord(name, wanted.name, str(root), str(subnet.network), vm, pci)
+        if walled:
+            lab = lab.with_host(HostRecord(MIRROR))
         state.save(lab)
     return lab
 
@@ -248,7 +296,7 @@ def _prepare_hosts(lab: LabRecord, progress: Progress) -> LabRecord:
     keys.mkdir(mode=0o700, exist_ok=True)
     key_pair(lab.directory / "key", f"gpufleet lab {lab.name}")
     authorized = (lab.directory / "key.pub").read_text()
-    new = [host for host in lab.hosts if not host.prepared]
+    new = [host for host in lab.every_host if not host.prepared]
     if new:
         _keep_archives(lab)
     seed = {path.name: path for path in _archives(lab).glob("*.deb")}
@@ -258,13 +306,14 @@ def _prepare_hosts(lab: LabRecord, progress: Progress) -> LabRecord:
         host_key = keys / made.name
         key_pair(host_key, f"root@{made.name}")
         made.remove()
-        made.prepare(host.disk_mib, host_key, authorized, seed)
+        # What walled hosts install shall come from the mirror.
+        made.prepare(host.disk_mib, host_key, authorized, {} if made.walled else seed)
         return replace(host, prepared=True)
 
     for host in _in_parallel(prepare, new, progress, "preparing"):
         lab = lab.with_host(host)
     known = []
-    for host in lab.hosts:
+    for host in lab.every_host:
         made = _host(lab, host)
         public = keys.joinpath(f"{made.name}.pub").read_text().split()
         known.append(f"{made.name},{made.address} {public[0]} {public[1]}\n")
@@ -286,8 +335,8 @@ def _boot_hosts(lab: LabRecord, progress: Progress) -> None:
             made.start(Path(lab.image_root))
         _await_login(seen, made, given_up)
 
-    doing = "checking" if all(host.running for host in seen.hosts) else "booting"
-    _in_parallel(boot, lab.hosts, progress, doing, given_up)
+    running = all(_host(lab, host).running for host in lab.every_host)
+    _in_parallel(boot, lab.every_host, progress, "checking" if running else "booting", given_up)
 
 
 def _await_login(lab: Lab, host: LabHost, given_up: threading.Event) -> None:
@@ -361,7 +410,7 @@ def down(name: str = DEFAULT_NAME, *, progress: Progress = say_nothing) -> bool:
             if lab:
                 _keep_archives(lab)
                 _in_parallel(
-                    lambda host: _host(lab, host).remove(), lab.hosts, progress, "stopping"
+                    lambda host: _host(lab, host).remove(), lab.every_host, progress, "stopping"
                 )
                 network.remove_bridge(lab.name, lab.subnet)
             machine.remove_tree(directory)
@@ -395,7 +444,7 @@ def _keep_archives(lab: LabRecord) -> None:
     """Link what the hosts' apt has downloaded into the cache; apt checks it again when used."""
     cache = _archives(lab)
     cache.mkdir(parents=True, exist_ok=True)
-    for host in lab.hosts:
+    for host in lab.every_host:
         archives = _host(lab, host).archives
         if host.disk_mib is not None or archives is None:
             continue  # a filesystem of its own: nothing to link from

@@ -1,10 +1,11 @@
-"""The lab's network: a bridge with a /24 a lab, a network namespace a host, NAT to the outside."""
+"""The lab's network: a bridge with a /24 a lab, a network namespace a host, NAT to the outside or
+a wall around the hosts."""
 
 from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -20,6 +21,9 @@ _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 # All systemds of a lab are this machine's root, and take about 7 each; 128 are usual.
 _WATCHERS = Path("/proc/sys/fs/inotify/max_user_instances")
 _ENOUGH_WATCHERS = 8192
+#: What walled hosts know the mirror host as: the mirror site, another site of the same content,
+#: and the login page of a captive portal (.test is nobody's: RFC 6761).
+MIRROR_NAMES = ("mirror.gpufleet.test", "elsewhere.gpufleet.test", "login.gpufleet.test")
 #: Hosts of a lab are numbered from 1; their addresses end in 10 + number.
 MOST_HOSTS = 240
 
@@ -34,6 +38,11 @@ class Subnet:
     def gateway(self) -> IPv4Address:
         """The operator's address on the bridge."""
         return self.network[1]
+
+    @property
+    def mirror(self) -> IPv4Address:
+        """The address of a walled lab's mirror host, which is its host 0."""
+        return self.address(0)
 
     @property
     def bridge(self) -> str:
@@ -119,15 +128,21 @@ def _exists(link: str) -> bool:
     return link_mtu(link) is not None
 
 
-def ensure_bridge(lab: str, subnet: Subnet) -> None:
-    """The bridge, its address and the NAT table, made or completed."""
+def ensure_bridge(lab: str, subnet: Subnet, walled: Mapping[int, str] | None = None) -> None:
+    """The bridge, its address and the NAT table, made or completed.
+
+    `walled` are the hosts of a walled lab, number and name: what they send to anything but the
+    mirror host, save the gateway's SSH, is counted and dropped.
+    """
     try:
         if not _exists(subnet.bridge):
             run("ip", "link", "add", subnet.bridge, "mtu", str(_mtu()), "type", "bridge")
         gateway = f"{subnet.gateway}/{subnet.network.prefixlen}"
         run("ip", "address", "replace", gateway, "dev", subnet.bridge)
         run("ip", "link", "set", subnet.bridge, "up")
-        run("nft", "-f", "-", given=_table(lab, subnet))
+        run("nft", "-f", "-", given=_table(lab, subnet, bool(walled)))
+        if walled:
+            run("nft", "-f", "-", given=_wall(lab, subnet, walled))
         if _passes(subnet) == []:
             for direction in ("iifname", "oifname"):
                 run("nft", "insert", "rule", *_FIREWALL, direction, subnet.bridge, "accept")
@@ -137,19 +152,69 @@ def ensure_bridge(lab: str, subnet: Subnet) -> None:
         ) from None
 
 
-def _table(lab: str, subnet: Subnet) -> str:
+def _table(lab: str, subnet: Subnet, walled: bool) -> str:
     # Declared, deleted and declared anew in one transaction: right whatever was there.
     name = f"ip {_table_name(lab)}"
+    inside = subnet.mirror if walled else subnet.network
     return f"""
         table {name}
         delete table {name}
         table {name} {{
             chain nat {{
                 type nat hook postrouting priority srcnat
-                ip saddr {subnet.network} oifname != "{subnet.bridge}" masquerade
+                ip saddr {inside} oifname != "{subnet.bridge}" masquerade
             }}
         }}
     """
+
+
+def _wall(lab: str, subnet: Subnet, hosts: Mapping[int, str]) -> str:
+    """The rules on the operator's ends of the hosts' cables, where every packet passes.
+
+    Only the chains are emptied, so that the counters count on when a lab is completed.
+    """
+    name = f"bridge {_table_name(lab)}"
+    counters = "\n".join(f"counter {host} {{ }}" for host in hosts.values())
+    links = ", ".join(f'"{subnet.link(number)}" : goto walled' for number in hosts)
+    counted = ", ".join(f'"{subnet.link(number)}" : "{host}"' for number, host in hosts.items())
+    return f"""
+        table {name} {{
+            {counters}
+            chain walled {{ }}
+            chain cables {{ type filter hook prerouting priority filter; }}
+        }}
+        flush table {name}
+        table {name} {{
+            chain walled {{
+                arp daddr ip {{ {subnet.gateway}, {subnet.mirror} }} accept
+                ip daddr {subnet.mirror} accept
+                ip daddr {subnet.gateway} tcp sport 22 tcp flags & (syn|ack) != syn accept
+                counter name iifname map {{ {counted} }} drop
+            }}
+            chain cables {{
+                iifname vmap {{ {links} }}
+            }}
+        }}
+    """
+
+
+def strays(lab: str, host: str) -> int:
+    """How many packets `host` of a walled lab sent, or tried to send, past its wall.
+
+    Those that were dropped on its cable, and those that its own kernel had no route for since it
+    was booted (RFC 4293's ipSystemStatsOutNoRoutes).
+    """
+    listed = run("nft", "--json", "list", "counter", "bridge", _table_name(lab), host)
+    counted = [entry["counter"]["packets"] for entry in json.loads(listed)["nftables"][1:]]
+    if not namespace(host).exists():
+        return sum(counted)
+    tables = run(
+        *("nsenter", f"--net={namespace(host)}"), "cat", "/proc/net/snmp", "/proc/net/snmp6"
+    )
+    names, values = (line.split() for line in tables.splitlines() if line.startswith("Ip: "))
+    unroutable = dict(zip(names, values, strict=True))["OutNoRoutes"]
+    six = (line.split()[1] for line in tables.splitlines() if line.startswith("Ip6OutNoRoutes"))
+    return sum([*counted, int(unroutable), *map(int, six)])
 
 
 def _table_name(lab: str) -> str:
@@ -160,8 +225,9 @@ def remove_bridge(lab: str, subnet: Subnet) -> None:
     """Undo `ensure_bridge`, as far as it got."""
     if _exists(subnet.bridge):
         run("ip", "link", "delete", subnet.bridge)
-    if succeeds("nft", "list", "table", "ip", _table_name(lab)):
-        run("nft", "delete", "table", "ip", _table_name(lab))
+    for family in ("ip", "bridge"):
+        if succeeds("nft", "list", "table", family, _table_name(lab)):
+            run("nft", "delete", "table", family, _table_name(lab))
     for handle in _passes(subnet) or []:
         run("nft", "delete", "rule", *_FIREWALL, "handle", str(handle))
 
@@ -196,13 +262,22 @@ def namespace(host: str) -> Path:
     return _NETNS / f"gpufleet-{host}"
 
 
-def make_host_network(host: str, subnet: Subnet, number: int) -> None:
-    """A namespace of its own for `host`, with an eth0 that is on the bridge."""
+def make_host_network(host: str, subnet: Subnet, number: int, walled: bool = False) -> None:
+    """A namespace of its own for `host`, with an eth0 that is on the bridge.
+
+    A `walled` one has no route out and speaks IPv4 alone.
+    """
     inside, link = namespace(host).name, subnet.link(number)
     mtu = str(link_mtu(subnet.bridge) or 1500)
     run("ip", "netns", "add", inside)
-    veth = ("type", "veth", "peer", "name", "eth0", "mtu", mtu, "netns", inside)
+    # The same at every boot, as others remember it.
+    own = hardware_address(subnet.address(number))
+    veth = ("type", "veth", "peer", "name", "eth0", "address", own, "mtu", mtu, "netns", inside)
     run("ip", "link", "add", link, "mtu", mtu, *veth)
+    if walled:
+        # Before the link is up: else it would look for neighbours and routers by itself.
+        without = 'f=/proc/sys/net/ipv6/conf/eth0/disable_ipv6; [ ! -e "$f" ] || echo 1 > "$f"'
+        run("ip", "netns", "exec", inside, "sh", "-c", without)
     connect_host(subnet, number)
     run(
         *("ip", "-n", inside, "-batch", "-"),
@@ -210,7 +285,7 @@ def make_host_network(host: str, subnet: Subnet, number: int) -> None:
             link set lo up
             address add {subnet.address(number)}/{subnet.network.prefixlen} dev eth0
             link set eth0 up
-            route add default via {subnet.gateway}
+            {"" if walled else f"route add default via {subnet.gateway}"}
         """,
     )
 

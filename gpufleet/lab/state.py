@@ -14,12 +14,14 @@ from gpufleet.lab.network import Subnet
 
 STATE = Path("/var/lib/gpufleet/lab")
 _VERSION = 1
+#: The number of a walled lab's mirror host; the hosts that are deployed to count from 1.
+MIRROR = 0
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,30}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
 class HostRecord:
-    """One host of a lab, counted from 1; `prepared` once its own files are in place."""
+    """One host of a lab; `prepared` once its own files are in place."""
 
     number: int
     disk_mib: int | None = None
@@ -43,6 +45,18 @@ class LabRecord:
     #: PCI devices that each virtual machine has besides, as in ``10de:20b5:0302``.
     pci: tuple[str, ...] = ()
     hosts: tuple[HostRecord, ...] = ()
+    #: The host that a walled lab has besides, and that its hosts alone can reach.
+    mirror: HostRecord | None = None
+
+    @property
+    def walled(self) -> bool:
+        """Whether the hosts reach nothing but the lab's mirror host."""
+        return self.mirror is not None
+
+    @property
+    def every_host(self) -> tuple[HostRecord, ...]:
+        """The hosts, and before them the mirror host of a walled lab."""
+        return (self.mirror, *self.hosts) if self.mirror else self.hosts
 
     @property
     def directory(self) -> Path:
@@ -55,11 +69,13 @@ class LabRecord:
         return Subnet(IPv4Network(self.network))
 
     def host_name(self, host: HostRecord) -> str:
-        """As in ``lab-1``."""
-        return f"{self.name}-{host.number}"
+        """As in ``lab-1``, or ``lab-mirror``."""
+        return f"{self.name}-{'mirror' if host.number == MIRROR else host.number}"
 
     def with_host(self, host: HostRecord) -> LabRecord:
         """The same lab, `host` in the place of the one with its number."""
+        if host.number == MIRROR:
+            return replace(self, mirror=host)
         others = [other for other in self.hosts if other.number != host.number]
         return replace(self, hosts=tuple(sorted([*others, host], key=lambda each: each.number)))
 
@@ -85,8 +101,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def save(lab: LabRecord) -> None:
-    """Write lab.json."""
+    """Write lab.json, and before it mirror.json where the lab is walled."""
     document = {"version": _VERSION, **asdict(lab)}
+    # A file of its own, so that a gpufleet that knows no mirror hosts can read every lab.json:
+    # it has to, before it makes a lab of its own.
+    mirror = document.pop("mirror")
+    beside = lab.directory / "mirror.json"
+    if mirror is not None:
+        write_whole(beside, json.dumps(mirror, indent=2) + "\n")
+    else:
+        beside.unlink(missing_ok=True)  # of an `up` that was killed before it wrote lab.json
     write_whole(lab.directory / "lab.json", json.dumps(document, indent=2) + "\n")
 
 
@@ -103,6 +127,10 @@ def load(name: str) -> LabRecord | None:
             )
         document["hosts"] = tuple(HostRecord(**host) for host in document["hosts"])
         document["pci"] = tuple(document.get("pci", ()))
+        beside = path.with_name("mirror.json")
+        if beside.exists():
+            path = beside
+            document["mirror"] = HostRecord(**json.loads(path.read_text()))
         return LabRecord(**document)
     except FileNotFoundError:
         return None

@@ -224,7 +224,7 @@ def _pick(
         if pick is not None:
             return pick
     out = catalogue.policy.excluded(wanted.provider) | set(wanted.exclude)
-    failed = _all_failed(found)
+    failed = _all_failed(found, held.name if held else "")
     if held is not None and held.name not in out and catalogue.policy.on_all_fail == "keep_current":
         return Pick(service, held, "kept", failed)
     return Pick(service, None, "official", failed)
@@ -313,12 +313,37 @@ def _fallbacks(chosen: _Passed, passed: list[_Passed]) -> tuple[str, ...]:
     return (*names, "official")
 
 
-def _all_failed(found: list[Found]) -> str:
+def unmet(choice: Choice) -> list[str]:
+    """A line for the services of which no probed site works: what they use instead, and why."""
+    said: dict[str, list[Pick]] = {}
+    for pick in choice.picks.values():
+        if pick.policy == "kept" or pick.why.startswith(_NONE_PASSED):
+            said.setdefault(f"{pick.policy} {pick.name}", []).append(pick)
+    lines = []
+    for picks in said.values():
+        first, services = picks[0], ", ".join(pick.service for pick in picks)
+        use = f"kept at {first.name}" if first.policy == "kept" else "left to the official site"
+        more = f" ({len(picks) - 1} more of the kind)" if len(picks) > 1 else ""
+        lines.append(f"{services}: {use}, for {first.why}{more}; look with fleet mirrors show")
+    return lines
+
+
+_NONE_PASSED = "no site passed"
+
+
+def _all_failed(found: list[Found], held: str) -> str:
+    """Why no site can be used, those that fail alike together; the site in force first."""
     if not found:
         return "no site was probed"
-    first = found[0]
-    more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
-    return f"no site passed: {first.site}: {first.why}{more}"
+    reasons: dict[str, list[str]] = {}
+    for one in sorted(found, key=lambda one: one.site != held):
+        reasons.setdefault(one.why, []).append(one.site)
+    lines = [
+        f"{sites[0] if len(sites) == 1 else f'{len(sites)} sites'}: {why}"
+        for why, sites in reasons.items()
+    ]
+    more = f"; and {len(lines) - 3} more reasons" if len(lines) > 4 else ""
+    return f"{_NONE_PASSED}: " + "; ".join(lines[: 3 if more else 4]) + more
 
 
 def rate(speed: float | None) -> str:

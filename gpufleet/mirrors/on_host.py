@@ -459,6 +459,10 @@ def conda(site: Site, spec: dict[str, Any]) -> Seen:
         seen.parts.append(name)
         if name == spec["needs"]:
             # A package if its name was among the first bytes; a site may keep .conda files only.
+            if not packages:
+                wrong[name] = Wrong("missing", f"{channel} has no packages")
+                seen.parts.remove(name)
+                break
             own = [path for path in packages if path.endswith(".conda")]
             index = f"{channel.rstrip('/')}/{spec['subdir']}/repodata.json"
             seen.files = own[-1:] or [index]
@@ -565,7 +569,7 @@ class Job:
             "state": wrong.state if wrong else "ok",
             "why": wrong.why if wrong else self.seen.why if self.seen else "",
             "speed": None if wrong or self.speed is None else round(self.speed),
-            "at": round(at),
+            "at": int(at),
         }
         if self.seen is not None and wrong is None:
             row["parts"] = self.seen.parts
@@ -631,7 +635,7 @@ def merged(
     new = {key(row) for row in rows}
     stay = [r for r in old["found"] if r["service"] not in digests and key(r) not in new]
     services = dict(old["services"])
-    services.update({s: {"at": round(at), "digest": d} for s, d in digests.items()})
+    services.update({s: {"at": int(at), "digest": d} for s, d in digests.items()})
     return {"version": 1, "services": services, "found": stay + rows}
 
 

@@ -16,6 +16,8 @@ from gpufleet.mirrors.choice import Choice
 PIP_CONF = "/etc/pip.conf"
 UV_TOML = "/etc/uv/uv.toml"
 CONDARC = "/etc/conda/.condarc"
+#: What update-ca-certificates(8) makes of all that a Debian host trusts.
+AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
 
 #: What a choice by measurement remembers on the host.
 RECORD = "/var/lib/gpufleet/mirrors-choice.json"
@@ -93,10 +95,12 @@ def wanted(choice: Choice, apt_security: bool, sources: AptSources) -> list[Mana
     pypi, conda, apt = choice.site("pypi"), choice.site("conda"), choice.site("apt")
     if pypi is not None and pypi.services.pypi is not None:
         index = pypi.url(pypi.services.pypi.index)
-        files.append(ManagedFile(PIP_CONF, render.text("pip.conf.j2", site=pypi, index=index)))
+        ours = _authorities(pypi, sources)
+        text = render.text("pip.conf.j2", site=pypi, index=index, authorities=ours)
+        files.append(ManagedFile(PIP_CONF, text))
         files.append(ManagedFile(UV_TOML, render.text("uv.toml.j2", site=pypi, index=index)))
     if conda is not None and conda.services.conda is not None:
-        files.append(ManagedFile(CONDARC, _condarc(conda, conda.services.conda)))
+        files.append(ManagedFile(CONDARC, _condarc(conda, conda.services.conda, sources)))
     if apt is not None and apt.services.apt is not None:
         files += _apt(apt, apt.services.apt, apt_security, sources)
     if choice.automatic:
@@ -125,11 +129,22 @@ def held(text: str) -> dict[str, Site]:
         return {}
 
 
-def _condarc(site: Site, conda: Conda) -> str:
+def _authorities(site: Site, sources: AptSources) -> str:
+    """The file of certificates that pip and conda, which have their own, go by for a site that is
+    not the catalogue's; empty where theirs will do."""
+    own = site.evidence is None and site.scheme == "https"
+    return AUTHORITIES if own and sources.os in ("debian", "ubuntu") else ""
+
+
+def _condarc(site: Site, conda: Conda, sources: AptSources) -> str:
     defaults = [site.url(f"{conda.base}/pkgs/{sub}") for sub in conda.subchannels]
     custom = {channel: site.url(folder) for channel, folder in conda.cloud.items()}
     text, back = render.checked_yaml(
-        "condarc.j2", site=site, default_channels=defaults, custom_channels=custom
+        "condarc.j2",
+        site=site,
+        default_channels=defaults,
+        custom_channels=custom,
+        authorities=_authorities(site, sources),
     )
     if (back["default_channels"], back["custom_channels"]) != (defaults, custom):
         raise FleetError("templates/condarc.j2: the channels did not survive rendering")

@@ -301,10 +301,16 @@ def choose(
     """
     check(settings, catalogue)
     kept = read(host.sources.cache)
-    services = [s for s in SERVICES if settings.pinned.get(s, settings.site) == "auto"]
-    sites = candidates(settings, catalogue) if services else []
-    asked = {s: digest for s, digest in digests(sites, host).items() if s in services}
-    missing = due(kept, asked, host.sources.now, settings.ttl_hours) if ask else ()
-    if ask and missing:
-        kept = ask(plan(sites, host, services=missing, name=name, hosts=hosts))
+    again = missing(settings, catalogue, host) if ask else ()
+    if ask and again:
+        sites = candidates(settings, catalogue)
+        kept = ask(plan(sites, host, services=again, name=name, hosts=hosts))
     return decide(settings, catalogue, kept.found, held(host.sources.record))
+
+
+def missing(settings: Mirrors, catalogue: Catalogue, host: Host) -> tuple[Service, ...]:
+    """The services that the host must probe before it can choose their sites."""
+    services = [s for s in SERVICES if settings.pinned.get(s, settings.site) == "auto"]
+    asked = digests(candidates(settings, catalogue), host) if services else {}
+    wanted = {s: digest for s, digest in asked.items() if s in services}
+    return due(read(host.sources.cache), wanted, host.sources.now, settings.ttl_hours)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pyinfra.api import FactBase, FactProcessError, StringCommand
 
+from gpufleet.pci import NVIDIA_GPUS
 from gpufleet.preflight.plan import HostPicture, parse
 from gpufleet.shell import script
 
 # $1 folder of the deploy, $2 port of the demo, $3 python that the environment needs.
 # POSIX sh and what a minimal Debian has; every line is a key, a tab and a value.
-_SCRIPT = r"""
+_SCRIPT = (
+    r"""
 say() { printf '%s\t%s\n' "$1" "$2"; }
 [ -r /etc/os-release ] && . /etc/os-release
 say os "${ID-unknown}"; say os_like "${ID_LIKE-}"; say os_version "${VERSION_ID-}"
@@ -20,10 +22,9 @@ d=$1; while [ ! -d "$d" ]; do d=${d%/*}; d=${d:-/}; done
 say disk_free_kib "$(df -Pk "$d" | awk 'NR==2 {print $4}')"
 say disk_used_kib "$([ -d "$1" ] && du -skx "$1" | cut -f1 || echo 0)"
 [ -x "/usr/bin/$3" ] && say python "/usr/bin/$3"
-for f in /sys/bus/pci/devices/*/vendor; do
-  [ -r "$f" ] && [ "$(cat "$f")" = 0x10de ] || continue
-  c=$(cat "${f%vendor}class"); case $c in 0x03*) say gpu "$(cat "${f%vendor}device")";; esac
-done
+"""
+    + NVIDIA_GPUS
+    + r"""
 command -v nvidia-smi >/dev/null && say driver \
   "$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)"
 # 0A is LISTEN (include/net/tcp_states.h)
@@ -40,6 +41,7 @@ if [ -n "$n" ]; then
   done
 fi
 """
+)
 
 
 class Preflight(FactBase[HostPicture | None]):

@@ -226,26 +226,38 @@ def environment(
         return
     changed()
     incoming = f"{root}/incoming/{lock.digest}"
+    if not (yield from _bring(incoming, [UV_LOCK] if from_index else [UV_LOCK, lock], torch_index)):
+        return
+    options = _where(incoming, torch_index if from_index else None)
+    yield FileUploadCommand(StringIO(lock.text), f"{incoming}/requirements.lock")
+    yield script(_MAKE, root, lock.digest, f"/usr/bin/{lock.python}", *options)
+
+
+def _bring(
+    incoming: str, locks: Sequence[Lock], torch_index: str
+) -> Generator[RsyncCommand | StringCommand, None, bool]:
+    """Bring the wheels of the locks to a folder of the host; False if they cannot be had here."""
     # First of all, so that finding out what would change does not start a download.
     yield StringCommand("mkdir -p", QuoteString(incoming))
     try:
-        folders = [wheelhouse.build(UV_LOCK, torch_index)]
-        if not from_index:
-            folders.append(wheelhouse.build(lock, torch_index))
+        folders = [wheelhouse.build(lock, torch_index) for lock in locks]
     except FleetError as error:
         yield failing(str(error))
-        return
+        return False
     # Wheels are compressed already; what a cut-off transfer brought is kept and continued.
     sources = " ".join(quote(f"{folder}/") for folder in folders)
     flags = ["-rt", "--partial", "--include='*.whl'", "--exclude='*'", "--chmod=F644,D755"]
     yield RsyncCommand(sources, quote(f"{incoming}/"), flags)
-    if from_index:
-        # Safe beside the default index: every file must have the hash that the lock names.
-        options = ["--index", torch_index, "--index-strategy", "unsafe-best-match"]
-    else:
-        options = ["--offline", "--no-index", "--find-links", incoming]
-    yield FileUploadCommand(StringIO(lock.text), f"{incoming}/requirements.lock")
-    yield script(_MAKE, root, lock.digest, f"/usr/bin/{lock.python}", *options)
+    return True
+
+
+def _where(incoming: str, torch_index: str | None) -> list[str]:
+    """uv's options for where a lock's wheels are: brought, or with an index of torch's builds to be
+    had beside the default one."""
+    if torch_index is None:
+        return ["--offline", "--no-index", "--find-links", incoming]
+    # Safe beside the default index: every file must have the hash that the lock names.
+    return ["--index", torch_index, "--index-strategy", "unsafe-best-match"]
 
 
 @operation()
@@ -284,22 +296,12 @@ def conda_environment(
         return
     changed()
     incoming = f"{root}/incoming/{digest}"
-    yield StringCommand("mkdir -p", QuoteString(incoming))
-    try:
-        folders = [wheelhouse.build(UV_LOCK, torch_index)]
-        if recipe.lock is not None and not from_index:
-            folders.append(wheelhouse.build(recipe.lock, torch_index))
-    except FleetError as error:
-        yield failing(str(error))
+    locks = [UV_LOCK] if from_index or recipe.lock is None else [UV_LOCK, recipe.lock]
+    if not (yield from _bring(incoming, locks, torch_index)):
         return
-    sources = " ".join(quote(f"{folder}/") for folder in folders)
-    flags = ["-rt", "--partial", "--include='*.whl'", "--exclude='*'", "--chmod=F644,D755"]
-    yield RsyncCommand(sources, quote(f"{incoming}/"), flags)
     yield FileUploadCommand(StringIO(recipe.environment_yml), f"{incoming}/environment.yml")
     if recipe.lock is not None:
-        options = ["--offline", "--no-index", "--find-links", incoming]
-        if from_index:
-            options = ["--index", torch_index, "--index-strategy", "unsafe-best-match"]
+        options = _where(incoming, torch_index if from_index else None)
         yield FileUploadCommand(StringIO(recipe.lock.text), f"{incoming}/requirements.lock")
         yield script(_CONDA_LOCKED, root, digest, recipe.name, *options)
         return

@@ -158,11 +158,12 @@ def operation(output: Sequence[str]) -> str:
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """The text on one line, cut in the middle if it is longer than `limit` characters."""
+    """The text on one line; words of its middle are left out if it is longer than `limit`."""
     line = " ".join(text.split())
     if len(line) <= limit:
         return line
-    return f"{line[: limit // 2]} … {line[-limit // 2 :]}"
+    head, tail = line[: limit // 2], line[-limit // 2 :]
+    return f"{head.rpartition(' ')[0] or head} … {tail.partition(' ')[2] or tail}"
 
 
 @dataclass(frozen=True)

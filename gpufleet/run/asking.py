@@ -3,13 +3,15 @@ changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from gpufleet.errors import FleetError
+from gpufleet.errors import FleetError, UsageError
 from gpufleet.run import advice, inventory
+from gpufleet.run.alike import Alike
 from gpufleet.run.targets import Target
 from gpufleet.settings import Settings, parse
 
@@ -17,11 +19,14 @@ if TYPE_CHECKING:
     from pyinfra.api import FactBase, State
     from pyinfra.api.host import Host
 
+    from gpufleet.catalog import Service, Site
     from gpufleet.driver.doctor import Finding
     from gpufleet.driver.forecast import Forecast
     from gpufleet.driver.picture import GpuPicture
     from gpufleet.driver.verdict import Flavour
     from gpufleet.kernel.picture import KernelPicture
+    from gpufleet.mirrors.choice import Choice, Found
+    from gpufleet.mirrors.plan import AptSources
     from gpufleet.upgrade.plan import Upgrade
 
 _T = TypeVar("_T")
@@ -48,6 +53,11 @@ class Asker:
         self.name = host.name
         self.target = target
         self.settings = settings
+
+    @property
+    def fleet(self) -> int:
+        """How many hosts are asked at the same time."""
+        return len(inventory.hosts(self._state))
 
     def fact(self, fact: type[FactBase[_T]], **arguments: Any) -> _T:
         """The host's fact, by one command.
@@ -142,21 +152,22 @@ class Pictures:
     allowed: frozenset[Flavour]
 
 
-def pictures(host: Asker) -> Pictures:
-    """Look at a host's kernels, GPUs and next upgrade: three commands."""
+def pictures(host: Asker, upgrades: Alike[Upgrade]) -> Pictures:
+    """Look at a host's kernels, GPUs and next upgrade: three commands, and one more for the first
+    of the hosts whose packages are in the same state. apt weighs every package that there is,
+    which takes a host most of its time; fleets are made from few images."""
     from gpufleet import catalog
     from gpufleet.driver.facts import GpuFacts
     from gpufleet.driver.plan import allowed
     from gpufleet.kernel.facts import KernelFacts
-    from gpufleet.upgrade.facts import NextUpgrade
+    from gpufleet.upgrade.facts import NextUpgrade, PackageState
+    from gpufleet.upgrade.plan import of_this_host
 
     gpus = host.fact(GpuFacts)
-    return Pictures(
-        host.fact(KernelFacts),
-        gpus,
-        host.fact(NextUpgrade),
-        allowed(gpus, catalog.drivers()),
-    )
+    kernels = host.fact(KernelFacts)
+    state = host.fact(PackageState)
+    upgrade = upgrades.get(state.digest, lambda: host.fact(NextUpgrade))
+    return Pictures(kernels, gpus, of_this_host(upgrade, state), allowed(gpus, catalog.drivers()))
 
 
 def foretell(
@@ -167,8 +178,10 @@ def foretell(
     """The forecast of every host. Raises UsageError for an invalid inventory or limit."""
     from gpufleet.driver.forecast import forecast
 
+    upgrades: Alike[Upgrade] = Alike()
+
     def one(host: Asker) -> Forecast:
-        seen = pictures(host)
+        seen = pictures(host, upgrades)
         return forecast(
             seen.kernels,
             seen.gpus,
@@ -191,12 +204,12 @@ def examine(
     from gpufleet.driver.doctor import findings, in_order
     from gpufleet.kernel.plan import leaks, target
     from gpufleet.mirrors import doctor as mirrors
-    from gpufleet.mirrors.facts import MirrorFiles
+
+    upgrades: Alike[Upgrade] = Alike()
 
     def one(host: Asker) -> tuple[Finding, ...]:
-        seen = pictures(host)
-        root, user = str(host.settings.root), host.settings.user
-        sources = host.fact(MirrorFiles, root=root, user=user)
+        seen = pictures(host, upgrades)
+        sources = _mirror_files(host)
         service = host.fact(DemoService, address=f"http://{host.target.demo_on_host}")
         found = findings(
             seen.kernels,
@@ -226,6 +239,117 @@ def _environments(host: Asker, path: Path, gpu: bool) -> tuple[Finding, ...]:
         return ()
     seen = host.fact(InsideEnvironments, root=str(host.settings.root))
     return findings(seen, host.settings, wanted, made, gpu=gpu, apply=_apply(path, host))
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a host found of the sites it was asked about, and how much that took."""
+
+    found: tuple[Found, ...]
+    bytes: int
+    seconds: float
+    note: str
+
+
+def probe_mirrors(
+    path: Path,
+    limit: Sequence[str] = (),
+    told: Callable[[int, int], None] = lambda done, of: None,
+    *,
+    services: Sequence[Service] = (),
+    sites: Sequence[str] = (),
+) -> list[Asked[Probed]]:
+    """Have every host probe the mirror sites that `auto` may choose, and remember what it found.
+
+    Nothing else is changed. `services` and `sites` limit it. Raises UsageError for an invalid
+    inventory or limit; a host whose settings do not know a site says so.
+    """
+    from gpufleet import catalog
+    from gpufleet.mirrors import choice, probe
+    from gpufleet.mirrors.facts import MirrorProbe
+
+    wanted = list(services) or list(catalog.SERVICES)
+
+    def one(host: Asker) -> Probed:
+        settings, catalogue = host.settings, catalog.mirrors()
+        choice.check(settings.mirrors, catalogue)
+        known = choice.sites(settings.mirrors, catalogue)
+        for name in sites:
+            if name not in known:
+                line = f"--site {name}: no such site; use one of {', '.join(sorted(known))}"
+                raise UsageError(f"{host.name}: {line}")
+        about = probe.about(settings, catalog.drivers(), _mirror_files(host))
+        plan = probe.plan(
+            choice.candidates(settings.mirrors, catalogue),
+            about,
+            services=wanted,
+            only=sites,
+            name=host.name,
+            hosts=host.fleet,
+        )
+        asked = {
+            (s["site"], s["via"], of) for s in json.loads(plan)["sites"] for of in s["services"]
+        }
+        if not asked:
+            which = "the named sites are" if sites else "every site is"
+            line = f"nothing to probe: {which} excluded or without these services for this host"
+            raise FleetError(f"{host.name}: {line}")
+        kept = host.fact(MirrorProbe, plan=plan)
+        found = tuple(row for row in kept.found if (row.site, row.via, row.service) in asked)
+        if not found:
+            raise FleetError(f"{host.name}: the probe gave no answer; does the host have python3?")
+        return Probed(found, kept.bytes, kept.seconds, kept.note)
+
+    return ask(path, one, limit, told)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The sites that a host's settings and memory choose, and those that are in force there."""
+
+    choice: Choice
+    found: tuple[Found, ...]
+    """What the host remembers of its probes."""
+    due: tuple[Service, ...]
+    """Services that the next apply probes first."""
+    written: tuple[str, ...]
+    """Files of mirror configuration that gpufleet has written there."""
+    in_force: Mapping[str, Site]
+    """Of a choice by measurement: the sites that the last apply put in force, by service."""
+
+
+def show_mirrors(
+    path: Path,
+    limit: Sequence[str] = (),
+    told: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Asked[Chosen]]:
+    """Which site every host gets each kind of package from, and why; nothing is probed.
+
+    Raises UsageError for an invalid inventory or limit.
+    """
+    from gpufleet import catalog
+    from gpufleet.mirrors import probe
+    from gpufleet.mirrors.plan import held
+
+    def one(host: Asker) -> Chosen:
+        sources = _mirror_files(host)
+        about = probe.about(host.settings, catalog.drivers(), sources)
+        settings, catalogue = host.settings.mirrors, catalog.mirrors()
+        return Chosen(
+            probe.choose(settings, catalogue, about),
+            probe.read(sources.cache).found,
+            probe.missing(settings, catalogue, about),
+            sources.written,
+            held(sources.record),
+        )
+
+    return ask(path, one, limit, told)
+
+
+def _mirror_files(host: Asker) -> AptSources:
+    from gpufleet.mirrors.facts import MirrorFiles
+
+    return host.fact(MirrorFiles, root=str(host.settings.root), user=host.settings.user)
 
 
 def _apply(path: Path, host: Asker) -> str:

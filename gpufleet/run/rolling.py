@@ -8,18 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from gpufleet.pci import NVIDIA_GPUS
+
 if TYPE_CHECKING:
     from gpufleet.settings import Settings
 
 #: Run on each host by POSIX sh, needs no root; every line is a key, a tab and a value.
-SCRIPT = r"""
+SCRIPT = (
+    r"""
 say() { printf '%s\t%s\n' "$1" "$2"; }
 [ -r /etc/os-release ] && . /etc/os-release
 say os "${ID-unknown} ${VERSION_ID-}"; say kernel "$(uname -r)"
-for f in /sys/bus/pci/devices/*/vendor; do
-  [ -r "$f" ] && [ "$(cat "$f")" = 0x10de ] || continue
-  c=$(cat "${f%vendor}class"); case $c in 0x03*) say gpu "$(cat "${f%vendor}device")";; esac
-done
+"""
+    + NVIDIA_GPUS
+    + r"""
 # As loaded; else as installed: the newest library wins, whichever folder it is in.
 v=$(cat /sys/module/nvidia/version 2>/dev/null)
 [ -n "$v" ] || for f in /usr/lib*/libnvidia-ml.so.*.* /usr/lib/*/libnvidia-ml.so.*.*; do
@@ -27,6 +29,7 @@ v=$(cat /sys/module/nvidia/version 2>/dev/null)
 done
 say driver "$v"
 """
+)
 
 # Parts of a kernel's release that name the distribution's version, which `Kind.os` holds.
 _VERSION = re.compile(r"(el|fc|deb|bpo|rc|ubuntu|oe|amzn|tl)\d.*")

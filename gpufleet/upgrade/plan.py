@@ -70,7 +70,7 @@ class Unattended:
 
     def spares(self, name: str) -> bool:
         """Whether the blacklist keeps this package as it is."""
-        return any(_begins(pattern, name) for pattern in self.blacklist)
+        return any(begins(pattern, name) for pattern in self.blacklist)
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,16 @@ class Upgrade:
     def stale(self) -> bool:
         """Whether the lists are too old to tell what the archive offers."""
         return self.lists_age_s is None or self.lists_age_s > LISTS_OLD_S
+
+
+@dataclass(frozen=True)
+class State:
+    """The packages of a host and how apt is set up there."""
+
+    digest: str
+    """The same on hosts whose next upgrade is the same; empty without apt."""
+    lists_age_s: int | None
+    """As of `Upgrade`, but of this very host."""
 
 
 #: What is known of a host without apt.
@@ -279,11 +289,19 @@ def _matches(pattern: str, origin: Origin) -> bool:
     return True
 
 
-def _begins(pattern: str, name: str) -> bool:
+def begins(pattern: str, name: str) -> bool:
+    """Whether a pattern of unattended-upgrades' blacklist means the package of this name."""
     try:
         return re.match(pattern, name) is not None
     except re.error:
         return False  # unattended-upgrades itself stops at it
+
+
+def of_this_host(upgrade: Upgrade, state: State) -> Upgrade:
+    """What a host in the same state said, with the age that the lists have on this one."""
+    return (
+        upgrade if upgrade.lists_age_s is None else replace(upgrade, lists_age_s=state.lists_age_s)
+    )
 
 
 def by_itself(upgrade: Upgrade) -> Upgrade:

@@ -16,14 +16,6 @@ from gpufleet.errors import FleetError
 from gpufleet.lab import machine
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test of this folder drives a browser on a lab host's page."""
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.parent == here:
-            item.add_marker("browser")
-
-
 @pytest.fixture(scope="session")
 def deployed(pytestconfig: pytest.Config) -> Fleet:
     """A lab whose first host serves the demo."""

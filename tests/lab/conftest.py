@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
 
 import fleets
 import pytest
@@ -15,14 +14,6 @@ from gpufleet.errors import FleetError
 from gpufleet.lab import machine
 
 _numbers = count(1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test of this folder boots real hosts."""
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.parent == here:
-            item.add_marker("lab")
 
 
 @pytest.fixture(scope="session")

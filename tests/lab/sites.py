@@ -75,6 +75,19 @@ class Forwarded(dict[str, bytes]):
         return reply.content
 
 
+class Folder(dict[str, bytes]):
+    """Files, and below /anaconda/ what a folder of this machine holds."""
+
+    def __init__(self, files: Mapping[str, bytes], anaconda: Path) -> None:
+        super().__init__(files)
+        self.anaconda = anaconda
+
+    def __missing__(self, path: str) -> bytes:
+        if not path.startswith("/anaconda/") or ".." in path:
+            raise KeyError(path)
+        return (self.anaconda / path.removeprefix("/anaconda/")).read_bytes()
+
+
 PORTAL = b"<!DOCTYPE html><html><body><form action='/login'>Please log in</form></body></html>"
 
 
@@ -115,7 +128,7 @@ class Site:
 
     def answer(self, request: http.server.BaseHTTPRequestHandler, client: str) -> None:
         body: bytes | None = None
-        with suppress(LookupError, ValueError, requests.HTTPError):
+        with suppress(LookupError, OSError):
             body = self.files[request.path]
         fault = self.fault if request.path.startswith(self.at) else ""
         if request.path == "/login":
@@ -154,7 +167,12 @@ class Site:
 
     def setting(self) -> dict[str, Any]:
         """The site as the setting mirrors.sites has it."""
-        services = {"apt": {"archives": {"debian": "/debian"}}, "pypi": {"index": "/simple"}}
+        cloud = {"conda-forge": "/anaconda/cloud"}
+        services = {
+            "apt": {"archives": {"debian": "/debian"}},
+            "pypi": {"index": "/simple"},
+            "conda": {"base": "/anaconda", "subchannels": ["main"], "cloud": cloud},
+        }
         return {"hosts": [self.host], "scheme": "http", "services": services}
 
 

@@ -8,14 +8,12 @@ modprobe was asked for it. A build takes about four minutes on two cores.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import fleets
 import pytest
-from fleets import Done, Fleet, Host, fleet, ok, words
+from fleets import Done, Fleet, fleet, ok, words
+from kernels import APT, META, PAST_THE_PIN, TwoKernels, archive, modinfo
 
 pytestmark = pytest.mark.long
 
@@ -23,22 +21,9 @@ pytestmark = pytest.mark.long
 SETTINGS = {"accelerator": "cuda", "driver": {"cuda": "12.2"}}
 UNPINNED = {**SETTINGS, "kernel": {"pin": False}}
 
-META = "linux-image-cloud-amd64"
-APT = "DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends"
 
-
-@dataclass
-class Gpu:
-    """A host with a GPU: its lab, and the releases of its older and of the newest kernel."""
-
-    fleet: Fleet
-    old: str
-    new: str
-    folder: Path
-
-    @property
-    def host(self) -> Host:
-        return self.fleet.hosts[0]
+class Gpu(TwoKernels):
+    """A host of the lab, and how commands go over it."""
 
     def run(self, command: str, *options: str, pin: bool = True) -> Done:
         """A command of fleet's on the host, with or without a pin in its settings."""
@@ -53,13 +38,7 @@ class Gpu:
         return self.run("forecast", pin=pin)
 
     def module(self, release: str) -> dict[str, str]:
-        """What modinfo says of the kernel's module, and when its file was made."""
-        said = self.host.try_(f"modinfo -k {release} nvidia-current").stdout
-        found = dict(line.split(":", 1) for line in said.splitlines() if ":" in line)
-        module = {key: value.strip() for key, value in found.items()}
-        if module:
-            module["made"] = self.host.sh(f"stat -c %Y {module['filename']}")
-        return module
+        return modinfo(self.host, release, "nvidia-current")
 
     def kernels(self) -> set[str]:
         return set(self.host.sh("ls /boot | sed -n 's/^vmlinuz-//p'").split())
@@ -68,22 +47,15 @@ class Gpu:
 @pytest.fixture(scope="module")
 def gpu(can_boot: None, deployed: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpu]:
     """A host whose kernel is the one of the main suite, while the security suite has a newer."""
-    table = deployed.hosts[0].sh(f"apt-cache madison {META}").splitlines()
-    versions = list(dict.fromkeys(line.split("|")[1].strip() for line in table))
-    if len(versions) < 2:
+    found = archive(deployed.hosts[0])
+    if len(found) < 2:
         pytest.skip("the archive has one kernel only: nothing can be upgraded")
-    releases = []
-    for version in (versions[-1], versions[0]):
-        shown = deployed.hosts[0].sh(f"apt-cache show {META}={version}")
-        depends = re.search(r"^Depends: linux-image-(\S+)", shown, re.M)
-        assert depends is not None, shown
-        releases.append(depends[1])
-    old, new = releases
+    (_, new), (version, old) = found[0], found[-1]
     name = f"t-{os.getpid()}-driver"
     try:
         made = fleets.boot(name, 1, "--gpus", "bare", "--kernel", old)
         host = made.hosts[0]
-        host.sh(f"apt-get -qq update && {APT} install initramfs-tools {META}={versions[-1]}", 300)
+        host.sh(f"apt-get -qq update && {APT} install initramfs-tools {META}={version}", 300)
         yield Gpu(made, old, new, tmp_path_factory.mktemp("driver"))
     finally:
         fleets.take_down(name)
@@ -136,8 +108,7 @@ def test_the_pin_keeps_the_next_kernel_out(gpu: Gpu) -> None:
 
 def test_a_kernel_that_came_past_the_pin_is_foretold_and_healed_under_it(gpu: Gpu) -> None:
     host, before = gpu.host, gpu.module(gpu.old)
-    past = "-o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null"
-    host.sh(f"{APT} {past} install linux-image-{gpu.new}", 300)
+    host.sh(f"{APT} {PAST_THE_PIN} install linux-image-{gpu.new}", 300)
     assert gpu.kernels() == {gpu.old, gpu.new}
     assert gpu.module(gpu.new) == {}  # DKMS found no headers, and said nothing
     forecast = gpu.forecast()

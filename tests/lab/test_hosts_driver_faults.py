@@ -16,13 +16,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fleets
 import pytest
-from fleets import ROOT, Done, Fleet, Host, Running, fleet, ok, until, words
+from fleets import ROOT, Done, Host, Running, fleet, ok, until, words
+from kernels import APT, META, TwoKernels, archive
 
 sys.path.insert(0, str(ROOT / "tests" / "vm"))
 
@@ -35,8 +35,6 @@ SETTINGS: dict[str, Any] = {"accelerator": "cuda", "driver": {"cuda": "12.2"}}
 #: Of the branch that Debian 12 has, and newer than what it has.
 VERSION, OTHER = "535.999.01", "535.999.02"
 
-META = "linux-image-cloud-amd64"
-APT = "DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends"
 FAST = "-o Dpkg::Options::=--force-unsafe-io"
 TREE = f"/usr/src/nvidia-current-{VERSION}"
 LIBRARY = f"/{standin.LIBRARIES}/libnvidia-ml.so.{VERSION}"
@@ -46,18 +44,8 @@ MODULES = "driver: Give the kernels in use their module"
 REFUSED = "preflight"
 
 
-@dataclass
-class Gpu:
-    """A host with a GPU: its lab, the kernel that runs and the one that boots next."""
-
-    fleet: Fleet
-    old: str
-    new: str
-    folder: Path
-
-    @property
-    def host(self) -> Host:
-        return self.fleet.hosts[0]
+class Gpu(TwoKernels):
+    """A host that runs its older kernel and boots the newer one next."""
 
     def inventory(self, **settings: Any) -> Path:
         return self.fleet.inventory(self.folder, {**SETTINGS, **settings})
@@ -155,13 +143,7 @@ def gpu(can_boot: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gp
         # The host that tells which kernels there are; the next one says that it runs one of them.
         asked = fleets.boot(name, 1).hosts[0]
         asked.sh("apt-get -qq update", 300)
-        found = []
-        for line in asked.sh(f"apt-cache madison {META}").splitlines():
-            version = line.split("|")[1].strip()
-            shown = asked.sh(f"apt-cache show {META}={version}")
-            depends = re.search(r"^Depends: linux-image-(\S+)", shown, re.M)
-            assert depends is not None, shown
-            found.append((version, depends[1]))
+        found = archive(asked)
         (_, new), (version, old) = found[0], found[-1]
         if old == new:
             pytest.skip("the archive has one kernel only: none can boot next")
@@ -196,6 +178,14 @@ def test_a_hold_on_a_package_that_is_not_installed(gpu: Gpu) -> None:
     gpu.finding("warning", "protect nothing", "apt-mark unhold linux-image-amd64")
     ok(gpu.apply())
     gpu.host.sh("apt-mark unhold linux-image-amd64")
+    gpu.sound()
+
+
+def test_the_device_of_unified_memory_that_is_gone(gpu: Gpu) -> None:
+    gpu.host.sh("rm /dev/nvidia-uvm")
+    gpu.finding("error", "CUDA programs cannot start", "no /dev/nvidia-uvm", "--only driver")
+    ok(gpu.apply())
+    assert gpu.host.sh("ls /dev/nvidia-uvm") == "/dev/nvidia-uvm"
     gpu.sound()
 
 
@@ -344,6 +334,4 @@ def test_a_host_that_does_not_come_back_from_a_reboot(gpu: Gpu) -> None:
     host.path("/root/console").touch()
     until(lambda: fleets.listens(22, host.address), "sshd")
     assert host.settled().sh("cat /proc/sys/kernel/random/boot_id; rm /root/console") != before
-    # What the real driver's udev rules do at boot; the stand-in has none.
-    host.sh("modprobe nvidia-uvm")
     gpu.well()

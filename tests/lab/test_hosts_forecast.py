@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from fleets import UNIT, Boot, Done, Fleet, Host, fleet, inventory, ok, until, words
 
+from gpufleet.upgrade.facts import PackageState
+
 #: The driver version that the stand-in module and libraries claim.
 VERSION = "535.261.03"
 
@@ -103,6 +105,26 @@ def test_doctor_names_what_is_wrong_and_asks_the_others_all_the_same(
     forecast = asked("forecast", path, "--limit", "gone")
     assert forecast.code == 1
     words(forecast.complaint, nobody)
+
+
+def test_hosts_of_one_image_are_alike_until_one_is_changed(boot: Boot) -> None:
+    one, two = boot(2).hosts
+
+    def state(host: Host) -> str:
+        return host.sh(str(PackageState().command())).splitlines()[0]
+
+    whole = state(one)
+    assert len(whole) == 64
+    assert state(two) == whole
+    for change, back in (
+        ("apt-mark hold bash", "apt-mark unhold bash"),
+        ("touch /var/lib/apt/lists/x_Packages", "rm /var/lib/apt/lists/x_Packages"),
+        ("echo 'Acquire::Retries 4;' > /etc/apt/apt.conf.d/z", "rm /etc/apt/apt.conf.d/z"),
+    ):
+        one.sh(change)
+        assert state(one) != whole, change
+        one.sh(back)
+        assert state(one) == whole, back
 
 
 def test_an_upgrade_does_what_the_forecast_said(boot: Boot, tmp_path: Path) -> None:

@@ -230,7 +230,18 @@ class TestKept:
     def test_what_is_in_force_stays_when_every_site_fails(self):
         chosen = pick([bad("tuna"), bad("nju")], self.NJU)
         assert (chosen.name, chosen.policy) == ("nju", "kept")
-        assert chosen.why == "no site passed: tuna: tuna cuts the connection; and 1 more"
+        reasons = ["nju: nju cuts the connection", "tuna: tuna cuts the connection"]
+        assert chosen.why == "no site passed: " + "; ".join(reasons)
+
+    def test_sites_that_fail_alike_are_counted_and_the_one_in_force_is_named_first(self):
+        alike = [replace(bad(name), why="cannot be had") for name in ("tuna", "sjtu", "pku")]
+        chosen = pick([*alike, bad("nju")], self.NJU)
+        reasons = "nju: nju cuts the connection; 3 sites: cannot be had"
+        assert chosen.why == f"no site passed: {reasons}"
+        names = ("tuna", "sjtu", "pku", "ustc", "hust")
+        why = pick([bad(name) for name in names]).why
+        assert why.count(": ") == 4
+        assert why.endswith("; and 2 more reasons")
 
     def test_without_anything_in_force_it_is_official(self):
         chosen = pick([bad("tuna")])

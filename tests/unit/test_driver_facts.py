@@ -6,7 +6,7 @@ import pytest
 from pyinfra.api import FactProcessError
 
 from gpufleet.driver.facts import GpuFacts
-from gpufleet.driver.heal import OWNED
+from gpufleet.driver.files import OWNED
 from gpufleet.driver.picture import Gpu, Offer
 from gpufleet.driver.plan import parse
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from gpufleet import settings
-from gpufleet.driver import heal
+from gpufleet.driver import files, heal, sources
 from gpufleet.driver.heal import Decision, Step
 from gpufleet.driver.picture import Gpu, GpuPicture, Smi
-from gpufleet.driver.plan import Choice
+from gpufleet.driver.plan import Choice, runfile_version
 from gpufleet.kernel.picture import (
     Grub,
     Kernel,
@@ -77,7 +77,7 @@ GPUS = GpuPicture(
     persistenced="active",
     fabricmanager="absent",
     fabricmanager_version="",
-    devices=("nvidia0",),
+    devices=("nvidia-uvm", "nvidia0", "nvidiactl"),
 )
 CHOICE = Choice(
     source="distribution",
@@ -263,6 +263,10 @@ class TestReadyMadeModules:
 class TestTheLoadedModule:
     OTHER = replace(GPUS, loaded="535.230.02")
 
+    def test_is_loaded_again_where_the_device_of_unified_memory_is_missing(self):
+        gpus = replace(GPUS, devices=("nvidia0", "nvidiactl"))
+        assert decide(kernels(kernel(NOW)), gpus).load == "load"
+
     def test_is_loaded_where_none_is(self):
         assert decide(kernels(kernel(NOW)), replace(GPUS, loaded="")).load == "load"
 
@@ -353,7 +357,7 @@ class TestSources:
             "+deb http://mirror.example/debian-security bookworm-security main\n"
             "+deb http://other.example/apt/ bookworm main\n"
         )
-        assert heal.sources(self.PICTURE, "distribution", text) == (
+        assert sources.wanted(self.PICTURE, "distribution", text) == (
             "# Written by gpufleet: where the driver's packages are.\n"
             "\n"
             "Types: deb\n"
@@ -371,23 +375,23 @@ class TestSources:
     def test_are_left_alone_where_all_components_are_enabled(self):
         components = "main contrib non-free non-free-firmware"
         text = f"file\t/etc/apt/sources.list\n+deb http://x.example/debian bookworm {components}\n"
-        assert heal.sources(self.PICTURE, "distribution", text) is None
+        assert sources.wanted(self.PICTURE, "distribution", text) is None
 
     def test_are_left_alone_once_written(self):
         text = "file\t/etc/apt/sources.list\n+deb http://x.example/debian bookworm main\n"
-        written = heal.sources(self.PICTURE, "distribution", text)
+        written = sources.wanted(self.PICTURE, "distribution", text)
         assert written is not None
         lines = [f"+{line}" for line in written.splitlines()]
-        again = "\n".join([text.rstrip("\n"), f"file\t{heal.SOURCES}", *lines, ""])
-        assert heal.sources(self.PICTURE, "distribution", again) is None
+        again = "\n".join([text.rstrip("\n"), f"file\t{sources.PATH}", *lines, ""])
+        assert sources.wanted(self.PICTURE, "distribution", again) is None
 
     def test_name_nvidias_repository_or_its_host_in_china(self):
-        found = heal.sources(self.PICTURE, "nvidia-cn", "")
+        found = sources.wanted(self.PICTURE, "nvidia-cn", "")
         assert found is not None
         uri = "https://developer.download.nvidia.cn/compute/cuda/repos/debian12/x86_64"
         assert f"URIs: {uri}\nSuites: /\nSigned-By: " in found
         ubuntu = replace(self.PICTURE, os="ubuntu", os_version="24.04")
-        assert "/repos/ubuntu2404/x86_64" in (heal.sources(ubuntu, "nvidia", "") or "")
+        assert "/repos/ubuntu2404/x86_64" in (sources.wanted(ubuntu, "nvidia", "") or "")
 
 
 @pytest.mark.parametrize(
@@ -399,16 +403,7 @@ class TestSources:
     ],
 )
 def test_a_run_file_says_its_version_in_its_name(name: str, version: str):
-    assert heal.runfile_version(name) == version
-
-
-def test_the_grub_entry_of_a_kernel_is_the_one_that_names_it():
-    picture = kernels(kernel(NOW), kernel(NEW))
-    picture = replace(
-        picture, grub=replace(picture.grub, entries=(("gnulinux-simple-u", NEW), entry(NEW)))
-    )
-    assert heal.grub_entry(picture, NEW) == entry(NEW)[0]
-    assert heal.grub_entry(picture, OLD) is None
+    assert runfile_version(name) == version
 
 
 class TestServices:
@@ -457,14 +452,14 @@ class TestTheGateAfterATrialBoot:
 
 class TestTheFilesOfTheDriver:
     def test_are_compared_without_another_command(self):
-        (file,) = heal.nouveau_files()
-        assert heal.differ([file], GPUS)
+        (file,) = files.nouveau()
+        assert files.differ([file], GPUS)
         there = replace(GPUS, owned=((file.path, f"644 {file.sha256}"),))
-        assert not heal.differ([file], there)
-        assert heal.differ([file], replace(GPUS, owned=((file.path, f"600 {file.sha256}"),)))
-        assert heal.lie([file], there)
-        assert not heal.lie(heal.guard_files(), there)
+        assert not files.differ([file], there)
+        assert files.differ([file], replace(GPUS, owned=((file.path, f"600 {file.sha256}"),)))
+        assert files.lie([file], there)
+        assert not files.lie(files.guard(), there)
 
     def test_that_are_looked_at_are_those_that_are_written(self):
-        paths = {file.path for file in [*heal.nouveau_files(), *heal.guard_files()]}
-        assert paths < set(heal.OWNED)
+        paths = {file.path for file in [*files.nouveau(), *files.guard()]}
+        assert paths < set(files.OWNED)

@@ -22,7 +22,7 @@ from gpu_hosts import (
 )
 
 from gpufleet.cli import forecast as cli
-from gpufleet.driver.forecast import Coming, Forecast, forecast, is_meta, upstream
+from gpufleet.driver.forecast import Coming, Forecast, forecast, upstream
 from gpufleet.kernel.picture import Grub, Kernel, NextBoot
 from gpufleet.run.asking import Asked
 from gpufleet.upgrade.plan import Change, Upgrade
@@ -329,25 +329,6 @@ def test_without_grub_the_newest_kernel_is_next():
     picture = debian(grub=Grub(False), next_boot=NextBoot(DEBIAN_OLD, "the newest installed"))
     said = on_debian("debian-12-no-headers", picture)
     assert said.upgrade.kernel == DEBIAN_NEW
-
-
-@pytest.mark.parametrize(
-    ("name", "meta"),
-    [
-        ("linux-generic", True),
-        ("linux-image-generic-hwe-24.04", True),
-        ("linux-headers-cloud-amd64", True),
-        ("linux-modules-nvidia-535-server-generic", True),
-        ("linux-image-6.12-amd64", True),
-        ("linux-image-6.1.0-50-amd64", False),
-        ("linux-headers-6.8.0-31", False),
-        ("linux-libc-dev", False),
-        ("linux-base", False),
-        ("linux-firmware", False),
-    ],
-)
-def test_meta_packages_follow_the_newest_kernel(name, meta):
-    assert is_meta(name) is meta
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 from gpufleet.kernel import plan
+from gpufleet.kernel import rhel as rhel_family
+from gpufleet.kernel.grub import entry_of
 from gpufleet.kernel.picture import Grub, Kernel, KernelPicture, NextBoot, Package
+from gpufleet.kernel.release import abi, age
+from gpufleet.upgrade.plan import begins
 
 NOW, NEW = "6.8.0-147-generic", "6.8.0-149-generic"
 U = "5b79ad87-24b0-43a3-923b-58b0d2568ad4"
@@ -200,9 +204,9 @@ class TestWhatBootsNext:
 
     def test_the_first_entry_is_no_entry_of_its_own_for_a_kernel(self):
         found = script(D10, D9)
-        assert plan.grub_entry(found, D10) == path(D10)
-        assert plan.grub_entry(found, D9) == path(D9)
-        assert plan.grub_entry(found, "6.1.0-8-amd64") is None
+        assert entry_of(found.grub, D10) == path(D10)
+        assert entry_of(found.grub, D9) == path(D9)
+        assert entry_of(found.grub, "6.1.0-8-amd64") is None
 
     def test_entries_leave_recovery_and_what_is_no_kernel_out(self):
         assert [release for _, release in script(D10, D9).grub.entries] == [D10, D10, D9]
@@ -211,7 +215,7 @@ class TestWhatBootsNext:
         lines = [f"menuentry 'L' $menuentry_id_option 'gnulinux-{D9}-advanced-{U}' {{"]
         lines += [f"linuxefi /vmlinuz-{D9} ro", "}"]
         found = plan.parse(["os\tdebian", "grub", *(f"grub_cfg\t{line}" for line in lines)])
-        assert plan.grub_entry(found, D9) == f"gnulinux-{D9}-advanced-{U}"
+        assert entry_of(found.grub, D9) == f"gnulinux-{D9}-advanced-{U}"
         assert found.next_boot.release == D9
 
     def test_without_grub_the_newest_kernel_boots(self):
@@ -237,8 +241,8 @@ def test_kernels_are_sorted_as_dpkg_sorts_versions():
         "6.8-amd64",
     ]
     ordered += ["6.8.0-40-generic", "6.12.38+deb13-amd64"]
-    assert sorted(set(ordered), key=plan.age) == ordered
-    assert all(plan.age(a) < plan.age(b) for a, b in pairwise(ordered))
+    assert sorted(set(ordered), key=age) == ordered
+    assert all(age(a) < age(b) for a, b in pairwise(ordered))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +257,7 @@ def test_kernels_are_sorted_as_dpkg_sorts_versions():
     ],
 )
 def test_flavours_share_what_comes_before_their_name(release: str, shared: str):
-    assert plan.abi(release) == shared
+    assert abi(release) == shared
 
 
 class TestTheScriptsLines:
@@ -466,21 +470,21 @@ class TestTheFiles:
         ],
     )
     def test_keep_unattended_upgrades_from_kernel_and_driver_alone(self, name: str, kept: bool):
-        assert any(plan._anchored(pattern, name) for pattern in plan.BLACKLIST) is kept
+        assert any(begins(pattern, name) for pattern in plan.BLACKLIST) is kept
 
 
 class TestTheAudit:
     def test_of_a_pin_in_force_finds_nothing(self):
-        assert plan.audit(pinned(), NOW) == ()
+        assert plan.leaks(pinned(), NOW) == ()
 
     def test_of_a_host_without_one_finds_everything(self):
-        found = plan.audit(host(), NOW)
+        found = plan.leaks(host(), NOW)
         assert len(found) == len(INTENDED) + 1 + 3 + 2
         assert all("\n" not in line for line in found)
 
     def test_finds_a_meta_that_leaks(self):
         meta = "linux-modules-nvidia-580-server-generic"
-        (line,) = plan.audit(pinned(packages=release(meta, want="install")), NOW)
+        (line,) = plan.leaks(pinned(packages=release(meta, want="install")), NOW)
         assert line == (
             f"{meta} is not held and brings the next kernel in, without headers: apply again, or "
             f"apt-mark hold {meta}"
@@ -488,21 +492,21 @@ class TestTheAudit:
 
     def test_finds_a_hold_that_protects_nothing_and_does_not_call_it_a_leak(self):
         found = pinned(holds=frozenset({*INTENDED, "linux-image-oem", "rsync"}))
-        (line,) = plan.audit(found, NOW)
-        assert line.startswith("the hold on linux-image-oem protects nothing")
+        assert plan.idle_holds(found) == ("linux-image-oem",)
         assert plan.leaks(found, NOW) == ()
 
     def test_finds_that_no_package_of_the_kernel_is_there(self):
         image = f"linux-image-{NOW}"
-        line, idle = plan.audit(pinned(packages=release(image, status="config-files")), NOW)
+        found = pinned(packages=release(image, status="config-files"))
+        (line,) = plan.leaks(found, NOW)
         assert line.startswith(f"no package of kernel {NOW} is installed")
-        assert idle.startswith(f"the hold on {image} protects nothing")
+        assert plan.idle_holds(found) == (image,)
 
     def test_finds_preferences_that_are_missing_or_of_another_kernel(self):
-        (line,) = plan.audit(pinned(preferences=()), NOW)
+        (line,) = plan.leaks(pinned(preferences=()), NOW)
         assert line == f"{plan.PREFERENCES} is missing: apply again"
         other = plan.pin_files(host(), NEW)[0].content
-        (line,) = plan.audit(pinned(preferences=((plan.PREFERENCES, other),)), NOW)
+        (line,) = plan.leaks(pinned(preferences=((plan.PREFERENCES, other),)), NOW)
         assert line == f"{plan.PREFERENCES} does not pin this kernel: apply again"
 
     @pytest.mark.parametrize(
@@ -523,32 +527,32 @@ class TestTheAudit:
     ):
         stanza = f"# why\nPackage: {names}\nPin: release n=x\nPin-Priority: {priority}\n"
         texts = (*pinned().preferences, (file, stanza))
-        found = plan.audit(pinned(preferences=texts), NOW)
+        found = plan.leaks(pinned(preferences=texts), NOW)
         assert [line.startswith(f"{file} gives ") for line in found] == [True] * outranks
 
     def test_finds_unattended_upgrades_allowed(self):
-        (line,) = plan.audit(pinned(unattended=pinned().unattended[1:]), NOW)
+        (line,) = plan.leaks(pinned(unattended=pinned().unattended[1:]), NOW)
         assert line.startswith(f"unattended-upgrades may upgrade linux-image-{NOW}")
         on = ("Unattended-Upgrade::Automatic-Reboot", "true")
-        (line,) = plan.audit(pinned(unattended=(*pinned().unattended, on)), NOW)
+        (line,) = plan.leaks(pinned(unattended=(*pinned().unattended, on)), NOW)
         assert line.startswith("Unattended-Upgrade::Automatic-Reboot is true")
 
     def test_finds_a_later_drop_in(self):
         later = "/etc/default/grub.d/zzz.cfg"
         made = replace(pinned().grub, dropins=(plan.GRUB, later), default="0")
-        (line,) = plan.audit(pinned(grub=made), NOW)
+        (line,) = plan.leaks(pinned(grub=made), NOW)
         assert line == f"{later} sets GRUB_DEFAULT after {plan.GRUB}: remove it there, then apply"
 
     def test_finds_a_default_that_grub_cfg_does_not_have_yet(self):
         made = replace(grub(NEW, NOW, default="0", settings=path(NOW)), dropins=(plan.GRUB,))
-        (line,) = plan.audit(pinned(grub=made), NOW)
+        (line,) = plan.leaks(pinned(grub=made), NOW)
         assert line == (
             f"GRUB boots {NEW} by default, not {NOW} (first entry of grub.cfg): run update-grub"
         )
 
     def test_finds_an_entry_that_is_gone(self):
         made = replace(grub(NEW, default=path(NOW)), dropins=(plan.GRUB,))
-        (line,) = plan.audit(pinned(grub=made), NOW)
+        (line,) = plan.leaks(pinned(grub=made), NOW)
         assert line.startswith(f"grub.cfg has no entry of its own for kernel {NOW}")
 
     def test_of_a_system_that_nothing_is_known_for_says_so(self):
@@ -598,7 +602,7 @@ def rhel(**changes: Any) -> KernelPicture:
 class TestTheRhelFamily:
     def test_locks_this_kernel_and_the_driver_and_boots_it(self):
         v = "5.14.0-427.13.1.el9_4"
-        assert plan.rhel_pin(rhel(), EL9) == (
+        assert rhel_family.pin(rhel(), EL9) == (
             f"dnf -q versionlock add kernel-{v} kernel-core-{v} kernel-modules-{v} "
             f"kernel-modules-core-{v} kernel-devel-{v} kernel-devel-matched-{v} "
             "kmod-nvidia-open-dkms nvidia-driver nvidia-driver-cuda libnvidia-ml cuda-drivers",
@@ -608,13 +612,13 @@ class TestTheRhelFamily:
     def locked(self) -> frozenset[str]:
         v = "5.14.0-427.13.1.el9_4"
         return frozenset(
-            f"{name}-0:{v}.*" if name in plan.RHEL_KERNEL else f"{name}-3:580.1-1.el9.*"
-            for name in plan.rhel_locks(rhel())
+            f"{name}-0:{v}.*" if name in rhel_family.KERNEL else f"{name}-3:580.1-1.el9.*"
+            for name in rhel_family.locks(rhel())
         )
 
     def test_is_left_alone_once_it_is_locked(self):
         there = rhel(holds=self.locked(), next_boot=NextBoot(EL9, "grubby --default-kernel"))
-        assert plan.rhel_pin(there, EL9) == ()
+        assert rhel_family.pin(there, EL9) == ()
         assert plan.leaks(there, EL9) == ()
 
     def test_leaks_by_name(self):
@@ -624,15 +628,15 @@ class TestTheRhelFamily:
 
     def test_warns_of_an_exclude_that_keeps_the_headers_out_and_of_eviction(self):
         dnf = (("exclude", "kernel*"), ("installonly_limit", "2"), ("excludepkgs", "kernel-debug*"))
-        one, two = plan.rhel_warnings(rhel(dnf=dnf))
+        one, two = rhel_family.warnings(rhel(dnf=dnf))
         assert one.startswith("dnf.conf has exclude=kernel*, which keeps kernel-devel out")
         assert two.startswith("dnf.conf has installonly_limit=2 and 2 kernels are installed")
-        assert plan.rhel_warnings(rhel(dnf=(("installonly_limit", "0"),))) == ()
+        assert rhel_family.warnings(rhel(dnf=(("installonly_limit", "0"),))) == ()
 
     def test_has_no_files_of_apt(self):
         assert plan.pin_files(rhel(), EL9) == []
 
     def test_lets_go_its_own_locks_only(self):
-        assert plan.rhel_unpin(rhel()) == ()
-        (command,) = plan.rhel_unpin(rhel(own_holds=("kernel-core",)))
+        assert rhel_family.unpin(rhel()) == ()
+        (command,) = rhel_family.unpin(rhel(own_holds=("kernel-core",)))
         assert command == "dnf -q versionlock delete kernel-core"

@@ -22,17 +22,22 @@ IMPURE = {"pyinfra", "pyinfra_cli", "gevent", "subprocess", "socket", "requests"
 
 #: Modules of a concern that decide and describe, and that another concern may import.
 PURE = {
-    "plan.py",
-    "picture.py",
-    "verdict.py",
-    "forecast.py",
-    "heal.py",
-    "doctor.py",
-    "conda.py",
-} | {
     "choice.py",
+    "conda.py",
+    "doctor.py",
+    "files.py",
+    "forecast.py",
+    "grub.py",
+    "heal.py",
     "overrides.py",
+    "packages.py",
+    "picture.py",
+    "plan.py",
     "probe.py",
+    "release.py",
+    "rhel.py",
+    "sources.py",
+    "verdict.py",
     "verify.py",
 }
 

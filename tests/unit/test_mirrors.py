@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,23 @@ def test_a_site_without_the_archive_does_not_rewrite_a_stanza_that_holds_all_sui
         PIP_CONF,
         UV_TOML,
     }
+
+
+@pytest.mark.parametrize(
+    ("scheme", "os", "trusted"),
+    [("https", "debian", True), ("https", "rocky", False), ("http", "debian", False)],
+)
+def test_pip_and_conda_trust_for_an_own_site_whom_the_host_trusts(scheme, os, trusted):
+    services = {"pypi": {"index": "/simple"}, "conda": {"base": "/conda"}}
+    site = Site.model_validate({"hosts": ["m.example.org"], "scheme": scheme, "services": services})
+    written = texts(site, replace(HOST, os=os, files={}))
+    ours = "/etc/ssl/certs/ca-certificates.crt"
+    pip = configparser.ConfigParser()
+    pip.read_string(written[PIP_CONF])
+    assert pip["global"].get("cert") == (ours if trusted else None)
+    assert yaml.safe_load(written[CONDARC]).get("ssl_verify") == (ours if trusted else None)
+    listed = texts(SITES["nju"])
+    assert "ca-certificates" not in listed[PIP_CONF] + listed[CONDARC]
 
 
 def test_what_an_earlier_site_wrote_and_this_one_does_not_is_put_back():

@@ -172,6 +172,17 @@ def test_a_site_without_conda_forge_is_of_no_use_for_conda(probe):
     assert f"/anaconda/cloud/conda-forge/{SUBDIR}/repodata.json" in found.why
 
 
+def test_a_channel_without_any_package_is_of_no_use(probe):
+    empty = b'{"info": {}, "packages": {}, "packages.conda": {}, "repodata_version": 1}'
+    files = {p: empty if p.endswith("repodata.json") else b for p, b in everything().items()}
+    with serving(files) as site:
+        found = one(probe(site, services=["conda"]), "conda")
+    assert (found.state, found.why) == (
+        "missing",
+        "/anaconda/cloud/conda-forge has no packages",
+    )
+
+
 def test_an_index_that_is_no_longer_valid_is_stale(probe):
     path = "/debian/dists/bookworm-updates/InRelease"
     valid = {"Valid-Until": "Sat, 01 Aug 2026 00:00:00 UTC"}
@@ -461,6 +472,32 @@ def test_no_more_than_its_bytes_are_read_even_of_sites_that_know_no_ranges(probe
         kept = probe(site)
     assert {row.state for row in kept.found} == {"ok"}
     assert kept.bytes < 10 * MIB
+
+
+def test_a_flat_page_of_wheels_is_one_for_find_links(probe):
+    wheel = "torch-2.4.0%2Bcu121-cp311-cp311-linux_x86_64.whl"
+    page = f'<a href="{wheel}">{wheel}</a> <a href="torchvision-0.19%2Bcu121-x.whl">v</a>'
+    files = {"/wheels/cu121/": page.encode(), f"/wheels/cu121/{wheel}": b"PK\x03\x04" + bytes(9999)}
+    services = {"torch": {"url": "/wheels/{cuda}/", "style": "find-links"}}
+    with serving(files) as site:
+        at = Candidate(site.site("a", services=services))
+        found = one(probe(at, host=replace(HOST, cuda="cu121")), "torch", "a")
+        assert (found.state, found.why) == ("ok", "1 wheels of torch +cu121")
+        site.files["/wheels/cu118/"] = page.encode()
+        found = one(probe(at, host=replace(HOST, cuda="cu118")), "torch", "a")
+    assert (found.state, found.why) == ("missing", "has no torch +cu118 at /wheels/cu118/")
+
+
+def test_nvidias_archive_is_the_folder_of_the_distribution(probe):
+    machine = MACHINE["machine"]
+    folder = f"/compute/cuda/repos/debian12/{machine}"
+    release = in_release("x").replace(b"Codename: x\n", b"")
+    files = {f"{folder}/InRelease": release, f"{folder}/Packages.gz": b"\x1f\x8b" + bytes(9999)}
+    host = replace(HOST, sources=replace(SOURCES, version="12"))
+    with serving(files) as site:
+        services = {"cuda_apt": {"url": "/compute/cuda/repos"}}
+        found = one(probe(Candidate(site.site("a", services=services)), host=host), "cuda_apt", "a")
+    assert (found.state, found.why) == ("ok", f"signed: {folder}")
 
 
 class TestMemory:

@@ -22,14 +22,6 @@ from gpufleet.lab import machine, qemu
 GPU = "10de:20b5:0302"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test of this folder boots real machines."""
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.parent == here:
-            item.add_marker("lab")
-
-
 @pytest.fixture(scope="session")
 def can_emulate() -> None:
     """Skips where no virtual machine can run, with the lab's own reason."""

@@ -102,9 +102,15 @@ MODULE_LICENSE(NV_LICENSE);
 """
 
 _UVM = r"""
+#include <linux/fs.h>
+#include <linux/miscdevice.h>
 #include <linux/module.h>
-static int __init start(void) { return 0; }
-static void __exit stop(void) { }
+static const struct file_operations nothing = { .owner = THIS_MODULE };
+static struct miscdevice memory = {
+	.minor = MISC_DYNAMIC_MINOR, .name = "nvidia-uvm", .fops = &nothing, .mode = 0666
+};
+static int __init start(void) { return misc_register(&memory); }
+static void __exit stop(void) { misc_deregister(&memory); }
 module_init(start);
 module_exit(stop);
 MODULE_DESCRIPTION("Stand-in for NVIDIA's unified memory module");
@@ -135,6 +141,11 @@ _ALIASES = """\
 install nvidia modprobe -i {name} $CMDLINE_OPTS
 install nvidia-uvm modprobe nvidia; modprobe -i {name}-uvm $CMDLINE_OPTS
 remove nvidia modprobe -r -i {name}-uvm {name}
+"""
+# The real packages' rules have unified memory follow the GPU's driver too.
+_RULES = """\
+ACTION=="add|bind", SUBSYSTEM=="pci", ATTR{vendor}=="0x10de", DRIVER=="nvidia", \
+RUN+="/sbin/modprobe nvidia-uvm"
 """
 
 _SMI = f"""\
@@ -190,6 +201,8 @@ Description=NVIDIA Persistence Daemon (stand-in)
 
 [Service]
 Type=exec
+# As the real one, by nvidia-modprobe: it does not wait for udev.
+ExecStartPre=-/sbin/modprobe nvidia
 ExecStart=/bin/sh -c 'exec 3< /dev/nvidiactl && exec sleep infinity'
 
 [Install]
@@ -252,6 +265,7 @@ def _kernel_package(name: str, source: str, module: str, version: str, terms: st
             f"{tree}/Kbuild": _KBUILD.format(version=version, license=terms),
             f"{tree}/dkms.conf": _DKMS.format(name=module, version=version),
             f"etc/modprobe.d/{name}.conf": _ALIASES.format(name=module),
+            f"lib/udev/rules.d/60-{name}.rules": _RULES,
         },
         depends="dkms",
         # What dh_dkms puts into the real packages.

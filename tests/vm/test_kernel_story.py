@@ -13,53 +13,40 @@ import re
 import shlex
 import subprocess
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import standin
-from fleets import Done, Fleet, Host, fleet, ok, until, words
+from fleets import Done, Fleet, Host, Running, fleet, ok, until, words
+from kernels import APT, PAST_THE_PIN, TwoKernels, modinfo
 
 pytestmark = pytest.mark.long
 
-APT = "DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends"
-#: How apt is made to forget the pin.
-PAST_THE_PIN = "-o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null"
 MODULE = "nvidia-current-open"
+ONLY = ("--only", "driver,kernel")
 #: Seconds; under software emulation a shell script that starts a thousand processes takes a minute.
 PATIENCE = 900
 
 
-@dataclass
-class Story:
+class Story(TwoKernels):
     """The machine and its two kernels: the one it came with and the one that comes later."""
 
-    fleet: Fleet
-    old: str
-    new: str
-    folder: Path
+    def inventory(self, kernel: dict[str, Any], driver: dict[str, Any]) -> Path:
+        settings = {"accelerator": "cuda", "kernel": kernel, "driver": driver}
+        return self.fleet.inventory(self.folder, settings)
 
-    @property
-    def host(self) -> Host:
-        return self.fleet.hosts[0]
+    def run(self, command: str, *options: str) -> Done:
+        """A command of fleet's on the machine."""
+        return fleet(command, "-i", self.inventory({}, {}), "--json", *options, timeout=PATIENCE)
 
-    def run(self, command: str, *options: str, **kernel: Any) -> Done:
-        """A command of fleet's on the machine; `kernel` are settings of that concern."""
-        path = self.fleet.inventory(self.folder, {"accelerator": "cuda", "kernel": kernel})
-        return fleet(command, "-i", path, "--json", *options, timeout=PATIENCE)
-
-    def apply(self, **kernel: Any) -> Done:
-        return self.run("apply", "--only", "driver,kernel", **kernel)
+    def apply(self, *, boot_guard: bool = False, **kernel: Any) -> Done:
+        """Apply driver and kernel; `kernel` are settings of that concern."""
+        path = self.inventory(kernel, {"boot_guard": boot_guard})
+        return fleet("apply", "-i", path, "--json", *ONLY, timeout=PATIENCE)
 
     def module(self, release: str) -> dict[str, str]:
-        """What modinfo says of the kernel's module, and when its file was made."""
-        said = self.host.try_(f"modinfo -k {release} {MODULE}").stdout
-        found = dict(line.split(":", 1) for line in said.splitlines() if ":" in line)
-        module = {key: value.strip() for key, value in found.items()}
-        if module:
-            module["made"] = self.host.sh(f"stat -c %Y {module['filename']}")
-        return module
+        return modinfo(self.host, release, MODULE)
 
     def bound(self) -> bool:
         """Whether the kernel's own word is that the driver has the GPU, and nvidia-smi agrees."""
@@ -81,6 +68,10 @@ class Story:
         """Reboot from inside and wait for another boot id."""
         before = boot_id(self.host)
         self.host.try_("systemctl reboot")
+        self.comes_back(before)
+
+    def comes_back(self, before: str) -> None:
+        """Wait for another boot than this one."""
         until(lambda: boot_id(self.host) not in ("", before), "it came back", PATIENCE, every=1)
         self.host.settled()
 
@@ -205,3 +196,58 @@ def test_a_trial_boot_falls_back_by_itself_when_the_gpu_does_not_work(story: Sto
     assert len(booted) >= 4  # the first, the broken one, the trial and the way back
     # Not tried again until somebody mends it.
     assert host.sh("cat /var/lib/gpufleet/trial-failed") == story.old
+
+
+def test_a_trial_that_nobody_confirms_goes_back_by_itself(story: Story) -> None:
+    """The laptop is gone as soon as the host reboots."""
+    host, first = story.host, boot_id(story.host)
+    host.sh("rm /etc/modprobe.d/standin.conf /var/lib/gpufleet/trial-failed")
+    story.boots_next(story.old)
+    path = story.inventory({"reboot": "when-safe", "reboot_timeout": 90}, {})
+    laptop = Running(story.folder, "apply", "-i", path, *ONLY)
+    until(lambda: boot_id(host) != first, "the host reboots", PATIENCE, every=0.5)
+    laptop.kill()
+    story.comes_back(first)
+    trial = boot_id(host)
+    assert host.sh("uname -r") == story.old
+    words(host.sh("systemctl is-active gpufleet-trial"), "active")
+    story.comes_back(trial)
+    assert host.sh("uname -r") == story.new
+    assert host.sh("cat /var/lib/gpufleet/trial-failed") == story.old
+    words(host.sh("journalctl -b -1 -u gpufleet-trial -o cat"), "nobody confirmed")
+    assert story.bound()
+    host.sh("rm /var/lib/gpufleet/trial-failed")
+    assert "kernel" not in ok(story.apply()).changed(host.name)
+
+
+def test_revert_boots_the_pinned_kernel_again(story: Story) -> None:
+    host = story.host
+    story.boots_next(story.old)
+    story.reboot()
+    assert host.sh("uname -r; cat /var/lib/gpufleet/kernel-pin").split() == [story.old, story.new]
+    ok(story.apply(drift="revert", reboot="when-safe"))
+    assert host.sh("uname -r; cat /var/lib/gpufleet/kernel-pin").split() == [story.new] * 2
+    assert story.bound()
+    assert host.try_("test -e /etc/systemd/system/gpufleet-trial.service").returncode != 0
+
+
+def test_the_boot_guard_builds_a_module_that_is_missing(story: Story) -> None:
+    host = story.host
+    ok(story.apply(boot_guard=True))
+    host.sh(f"dkms remove -m {MODULE} -v {standin.VERSION} -k {story.new}")
+    assert story.module(story.new) == {}
+    story.reboot()
+    until(
+        lambda: host.try_("systemctl is-active gpufleet-boot-guard").stdout.strip() == "active",
+        "the guard is done",
+        PATIENCE,
+        every=1,
+    )
+    words(
+        host.sh("journalctl -b -u gpufleet-boot-guard -o cat"),
+        f"building {MODULE} {standin.VERSION} for kernel {story.new}",
+        "loaded module",
+    )
+    assert story.bound()
+    ok(story.apply())
+    assert host.try_("systemctl is-enabled gpufleet-boot-guard").returncode != 0
