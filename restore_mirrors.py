@@ -6,6 +6,7 @@ Without the fleet command: pyinfra inventory/NAME.py restore_mirrors.py
 from pyinfra.api import deploy
 
 from gpufleet.managed import operations as managed
+from gpufleet.mirrors import verify
 from gpufleet.run.only import selected
 from tasks import current, mirror_files, warn
 
@@ -15,9 +16,11 @@ def restore() -> None:
     """Every file of mirror configuration, byte for byte as it was before gpufleet wrote it."""
     settings, _ = current()
     sites = {settings.mirrors.site, *settings.mirrors.pinned.values()} - {"official"}
-    managed.restored(
+    managed.switched(
         name="Put back what the mirrors' files replaced",
-        paths=mirror_files().written,
+        wanted=(),
+        gone=mirror_files().written,
+        check=verify.forgetting(str(settings.root)),
     )
     if sites:
         again = "set mirrors.site to official to keep it so"

@@ -507,3 +507,81 @@ def mirrors() -> Mirrors:
 def drivers() -> Drivers:
     """GPUs, driver branches and their packages. Raises FleetError for an invalid catalogue."""
     return _load(Drivers, CATALOG / "drivers.yaml")
+
+
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Exact = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*==[A-Za-z0-9.!]+(\+[a-z0-9.]+)?$")]
+
+
+class CondaInstaller(_Entry):
+    """An installer of conda, the same wherever it is downloaded: file name and checksum."""
+
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+\.sh$")]
+    sha256: _Sha256
+    evidence: Evidence
+
+
+class CondaInstallers(_Entry):
+    """The installer of each of conda's distributions."""
+
+    miniconda: CondaInstaller
+    miniforge: CondaInstaller
+
+
+class ReadyEnvironment(_Entry):
+    """An environment that conda and pip make: exact packages, and what torch in it needs."""
+
+    title: str
+    python: Annotated[str, Field(pattern=r"^3\.[0-9]{1,2}$")]
+    channels: Annotated[tuple[ChannelName, ...], Field(min_length=1)]
+    conda: tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(=[0-9][^\s]*)?$")], ...]
+    pip: tuple[_Exact, ...] = ()
+    alone: tuple[_Exact, ...] = ()
+    """Installed without their dependencies."""
+    lock: Literal["files/demo/{accelerator}.lock"] | None = None
+    """Instead of `pip`: a lock with hashes."""
+    cuda: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")] | None = None
+    driver: Annotated[str, Field(pattern=r"^[1-9][0-9]{2}(\.[0-9]+)+$")] | None = None
+    gpus_without_code: tuple[str, ...] = ()
+    """Generations that torch's build has no code for: they came later."""
+    evidence: Evidence
+
+    @model_validator(mode="after")
+    def _one_pip_part(self) -> ReadyEnvironment:
+        if (self.lock is None) == (not self.pip):
+            raise ValueError("has either pip or lock")
+        if (self.cuda is None) != (self.driver is None):
+            raise ValueError("cuda and driver belong together")
+        tag = f"+cu{self.cuda.replace('.', '')}" if self.cuda else ""
+        wrong = [line for line in self.pip if "+" in line and not (tag and line.endswith(tag))]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not built for CUDA {self.cuda}")
+        return self
+
+
+class ReadyEnvironments(_Entry):
+    """catalog/environments.yaml."""
+
+    schema_version: Annotated[Literal[1], Field(alias="schema")]
+    installers: CondaInstallers
+    environments: Mapping[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], ReadyEnvironment]
+
+
+@cache
+def environments() -> ReadyEnvironments:
+    """Environments and conda's installers. Raises FleetError for an invalid catalogue."""
+    found = _load(ReadyEnvironments, CATALOG / "environments.yaml")
+    known = drivers()
+    for name, row in found.environments.items():
+        floor = known.cuda.floors.get(row.cuda.partition(".")[0]) if row.cuda else None
+        if row.driver is not None and row.driver.partition(".")[0] != floor:
+            problem = f"driver {row.driver} is not of branch {floor}, which CUDA {row.cuda} needs"
+        elif unknown := [one for one in row.gpus_without_code if one not in known.generations]:
+            problem = f"no GPU generation {unknown[0]} in drivers.yaml"
+        else:
+            continue
+        raise FleetError(
+            f"{CATALOG / 'environments.yaml'}: environments.{name}: {problem}; "
+            "correct the catalogue entry"
+        )
+    return found

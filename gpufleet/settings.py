@@ -136,8 +136,27 @@ class Rolling(_Model):
 
 
 class PythonEnv(_Model):
-    manager: Literal["uv"] = "uv"
-    """What makes the demo's environment."""
+    manager: Literal["miniconda", "miniforge", "uv"] = "miniconda"
+    """What makes environments: conda of one of its distributions, in ROOT/conda, or uv alone, with
+    the host's own python."""
+
+    environment: str = "modern"
+    """Another environment beside the demo's own (`modern`): one of catalog/environments.yaml, or
+    the path of an environment.yml on the operator's machine."""
+
+    installer: str | None = None
+    """Conda's installer: the path of a file on the operator's machine, or a file name in the
+    mirror's folder. Unset: the one that catalog/environments.yaml names, from the mirror."""
+
+    installer_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """The installer's checksum, where it is not the catalogue's."""
+
+    shell_init: bool = False
+    """Offer the command conda in login shells, by a file in /etc/profile.d."""
+
+    cuda_toolkit: Annotated[str, Field(pattern=r"^[1-9][0-9]\.[0-9]$")] | None = None
+    """CUDA toolkit to install from NVIDIA's repository, without a driver, such as 11.8: for
+    packages that are compiled against it. Unset: none."""
 
     source: Literal["index", "wheelhouse"] = "wheelhouse"
     """`wheelhouse`: the operator's own pip downloads the wheels of the lock, once, and rsync brings

@@ -21,6 +21,8 @@ hosts = [
             "ssh_key": str(_lab.key),
             "ssh_known_hosts_file": str(_lab.known_hosts),
             "ssh_strict_host_key_checking": "yes",
+            # Its hosts have the python that the environment is locked for.
+            "python_env": {"manager": "uv"},
             # A walled lab's hosts take everything from its mirror host.
             **_lab.settings,
         },

@@ -12,7 +12,7 @@ from gpufleet.demo.plan import digest, pack, unit
 from gpufleet.errors import FleetError
 from gpufleet.managed import operations as managed
 from gpufleet.python_env import operations as environments
-from gpufleet.python_env.plan import lock_for
+from gpufleet.python_env.conda import digests
 from gpufleet.weights.plan import manifest_digest
 from tasks import current
 
@@ -24,11 +24,11 @@ def demo() -> None:
     root = str(settings.root)
     app = pack(ROOT / "files" / "demo" / "modeldemo")
     try:
-        environment = lock_for(settings.accelerator).digest
+        kept = digests(settings)
         file, revision = unit(
             settings,
             model,
-            environment=environment,
+            environment=kept[0],
             application=app.digest,
             manifest=manifest_digest(model.files),
             config=digest(*(file.content for file in files(settings, model))),
@@ -40,4 +40,4 @@ def demo() -> None:
     operations.running(name="Run the service", root=root, revision=revision)
     # Only now: until the restart, the service ran on them.
     operations.prune(name="Remove older applications", root=root, keep=app.digest)
-    environments.prune(name="Remove older environments", root=root, keep=environment)
+    environments.prune(name="Remove older environments", root=root, keep=kept)

@@ -8,6 +8,7 @@ from pyinfra.api import DeployError, deploy
 from gpufleet.errors import FleetError
 from gpufleet.managed import operations as managed
 from gpufleet.mirrors import verify
+from gpufleet.mirrors.choice import unmet
 from gpufleet.mirrors.overrides import overrides
 from gpufleet.mirrors.plan import stale, wanted
 from gpufleet.python_env.plan import lock_for
@@ -30,9 +31,8 @@ def mirrors() -> None:
         requirement = verify.requirement(lock_for("cpu").text)
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
-    for pick in choice.picks.values():
-        if pick.policy == "kept":
-            warn("mirrors", f"{pick.service} stays at {pick.name}: {pick.why}")
+    for line in unmet(choice):
+        warn("mirrors", line)
     for override in overrides(sources, {file.path: file.content for file in files}):
         if override.severity == "warning":
             warn("mirrors", str(override))

@@ -20,6 +20,7 @@ from gpufleet.mirrors.choice import check as check_mirrors
 from gpufleet.preflight.facts import Preflight
 from gpufleet.preflight.local import missing_programs
 from gpufleet.preflight.plan import driver_findings, findings
+from gpufleet.python_env.conda import check_installer, pair_findings, recipes
 from gpufleet.python_env.plan import PYTHON, lock_for
 from gpufleet.run.events import emit
 from gpufleet.run.only import selected
@@ -45,6 +46,9 @@ def _check(one: Host) -> list[str]:
         drivers = catalog.drivers()
         environment = selected("python_env")
         python = lock_for(settings.accelerator).python if environment else PYTHON
+        made = recipes(settings) if environment else ()
+        if settings.python_env.manager != "uv" and environment:
+            check_installer(settings.python_env, catalog.mirrors())
     except FleetError as error:
         noted(error)
         return found
@@ -74,14 +78,18 @@ def _check(one: Host) -> list[str]:
     if picture is None:
         message = "the preflight script did not run: log in as root, or use sudo without a password"
         return [*found, message]
-    return found + findings(
-        settings,
-        settings.model,
-        model,
-        picture,
-        python,
-        environment=environment,
-        driver=verdict,
+    return (
+        found
+        + findings(
+            settings,
+            settings.model,
+            model,
+            picture,
+            python,
+            environment=environment,
+            driver=verdict,
+        )
+        + pair_findings(made, picture.driver, picture.gpus, drivers)
     )
 
 

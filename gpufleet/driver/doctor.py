@@ -72,6 +72,11 @@ def findings(
         found += _pin(kernels, upgrade, settings, pin, apply)
         found += _upgrade(kernels, gpus, upgrade, settings, allowed, apply)
     found += _demo(service, settings, apply)
+    return in_order(found)
+
+
+def in_order(found: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Each once, errors first, then warnings."""
     order = {"error": 0, "warning": 1, "note": 2}
     return tuple(sorted(dict.fromkeys(found), key=lambda finding: order[finding.severity]))
 

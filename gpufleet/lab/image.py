@@ -217,24 +217,23 @@ def _keyring(release: Release, progress: Progress) -> Path:
         progress(f"fetching {package}", None)
         _KEYRINGS.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=_KEYRINGS) as scratch:
-            found = next(_unpack(package, Path(scratch)).rglob(keyring.name), None)
+            # Debian 12 does not carry Ubuntu's keyring; Debian 13, signed by keys that this
+            # machine trusts, does.
+            files = unpack([package], sources.RELEASES["debian:13"], Path(scratch))
+            found = next(files.rglob(keyring.name), None)
             if found is None:
                 raise FleetError(f"package {package} holds no {keyring.name}: cannot check archive")
             os.replace(found.resolve(), kept)
     return kept
 
 
-def _unpack(package: str, scratch: Path) -> Path:
-    """The files of `package`, downloaded and checked by apt, outside this machine's dpkg.
-
-    Debian 12 does not carry Ubuntu's keyring; Debian 13, signed by keys that this machine
-    trusts, does.
-    """
-    newest = sources.RELEASES["debian:13"]
-    found = sources.for_release(sources.read(Path("/etc/apt")), newest, sources.read_os_release())
+def unpack(packages: Sequence[str], release: Release, scratch: Path) -> Path:
+    """The files of `packages` of a release, downloaded and checked by apt, outside this machine's
+    dpkg. FleetError where this machine has no sources of that distribution."""
+    found = sources.for_release(sources.read(Path("/etc/apt")), release, sources.read_os_release())
     if not found:
         raise FleetError(
-            f"this machine has no {package} and no Debian sources to fetch it from: install it"
+            f"this machine has no sources of {release.name} to fetch {' '.join(packages)} from"
         )
     for directory in ("lists/partial", "archives/partial", "etc", "files"):
         (scratch / directory).mkdir(parents=True)
@@ -252,8 +251,9 @@ def _unpack(package: str, scratch: Path) -> Path:
     )
     apt = ("env", "-C", str(scratch), f"APT_CONFIG={scratch}/apt.conf", "apt-get", "-qq")
     run(*apt, "update")
-    run(*apt, "download", package)
-    run("dpkg-deb", "-x", *scratch.glob(f"{package}_*.deb"), scratch / "files")
+    run(*apt, "download", *packages)
+    for archive in scratch.glob("*.deb"):
+        run("dpkg-deb", "-x", archive, scratch / "files")
     return scratch / "files"
 
 

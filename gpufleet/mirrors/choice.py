@@ -313,6 +313,24 @@ def _fallbacks(chosen: _Passed, passed: list[_Passed]) -> tuple[str, ...]:
     return (*names, "official")
 
 
+def unmet(choice: Choice) -> list[str]:
+    """A line for the services of which no probed site works: what they use instead, and why."""
+    said: dict[str, list[Pick]] = {}
+    for pick in choice.picks.values():
+        if pick.policy == "kept" or pick.why.startswith(_NONE_PASSED):
+            said.setdefault(f"{pick.policy} {pick.name}", []).append(pick)
+    lines = []
+    for picks in said.values():
+        first, services = picks[0], ", ".join(pick.service for pick in picks)
+        use = f"kept at {first.name}" if first.policy == "kept" else "left to the official site"
+        more = f" ({len(picks) - 1} more of the kind)" if len(picks) > 1 else ""
+        lines.append(f"{services}: {use}, for {first.why}{more}; look with fleet mirrors show")
+    return lines
+
+
+_NONE_PASSED = "no site passed"
+
+
 def _all_failed(found: list[Found], held: str) -> str:
     """Why no site can be used, those that fail alike together; the site in force first."""
     if not found:
@@ -325,7 +343,7 @@ def _all_failed(found: list[Found], held: str) -> str:
         for why, sites in reasons.items()
     ]
     more = f"; and {len(lines) - 3} more reasons" if len(lines) > 4 else ""
-    return "no site passed: " + "; ".join(lines[: 3 if more else 4]) + more
+    return f"{_NONE_PASSED}: " + "; ".join(lines[: 3 if more else 4]) + more
 
 
 def rate(speed: float | None) -> str:

@@ -9,7 +9,7 @@ from shlex import quote
 from gpufleet.apt_sources import parse
 from gpufleet.errors import FleetError
 from gpufleet.managed.plan import ManagedFile
-from gpufleet.mirrors.choice import Choice
+from gpufleet.mirrors.choice import Choice, Pick
 from gpufleet.mirrors.plan import CONDARC, PIP_CONF, UV_TOML, AptSources
 
 #: The small wheel, of any Python 3, that pip and uv download: the version that the lock names, so
@@ -47,14 +47,11 @@ chmod 755 "$t"
 cd "$t"
 unset {_WINNING}
 export LC_ALL=C HOME="$t"
-fail() {{  # $1 client, $2 site or nothing for the official one, $3 what it said, $4 exit status
-  case $4 in 124) set -- "$1" "$2" "no end within the time given" ;; esac
-  said=$(printf '%s' "$3" | tr -s '[:space:]' ' ' | cut -c1-300)
-  if [ -n "$2" ]; then todo='set another mirrors.site, or apply again once it works'
-  else todo='apply again once it works, or put the originals back unchecked: fleet mirrors restore'
-  fi
-  echo "gpufleet: $1 cannot use ${{2:-the official site}} (${{said:-it said nothing}}); \
-what was in force before is in force again; $todo" >&2
+fail() {{  # $1 client, $2 site, $3 what to do, $4 what it said, $5 exit status
+  case $5 in 124) set -- "$1" "$2" "$3" "no end within the time given" ;; esac
+  said=$(printf '%s' "$4" | tr -s '[:space:]' ' ' | cut -c1-300)
+  echo "gpufleet: $1 cannot use $2 (${{said:-it said nothing}}); \
+what was in force before is in force again; $3, then apply again" >&2
   exit 1
 }}
 if [ -n "$apt" ]; then
@@ -83,7 +80,7 @@ END
     mine
   ' said > ours
   if [ -s ours ] || {{ [ "$code" != 0 ] && ! grep -q '^[EW]: ' said; }}; then
-    fail apt "$apt_site" "$(cat ours said | head -n 1)" "$code"
+    fail apt "$apt_site" "$apt_todo" "$(cat ours said | head -n 1)" "$code"
   fi
   checked="$checked apt"
 fi
@@ -97,7 +94,7 @@ if [ -n "$pip" ]; then
     if [ "$code" != 0 ]; then
       line=$(grep -m 1 -o 'Could not fetch URL.*' said || grep -m 1 '^ *WARNING: Retrying' said \
         || grep '^ERROR: ' said | grep -v -m 1 Exception: || tail -n 1 said)
-      fail pip "$pypi_site" "$line" "$code"
+      fail pip "$pypi_site" "$pypi_todo" "$line" "$code"
     fi
     checked="$checked pip"
     break
@@ -108,7 +105,7 @@ if [ -n "$uv" ] && uv --version > /dev/null 2>&1; then
   UV_SYSTEM_CERTS=1 UV_NO_PROGRESS=1 UV_HTTP_TIMEOUT=20 UV_HTTP_RETRIES=1 \
     timeout 180 uv pip install --quiet --no-deps --only-binary :all: --no-cache --require-hashes \
     --python "$(command -v python3)" --target "$t/uv" --requirement wheel > said 2>&1 || code=$?
-  [ "$code" = 0 ] || fail uv "$pypi_site" "$(cat said)" "$code"
+  [ "$code" = 0 ] || fail uv "$pypi_site" "$pypi_todo" "$(cat said)" "$code"
   checked="$checked uv"
 fi
 if [ -n "$conda" ] && [ -x "$root/conda/bin/conda" ]; then
@@ -118,11 +115,17 @@ if [ -n "$conda" ] && [ -x "$root/conda/bin/conda" ]; then
     timeout 900 "$root/conda/bin/conda" create --dry-run --yes --quiet --prefix "$t/env" python
   }} > said 2>&1 || code=$?
   if [ "$code" != 0 ]; then
-    fail conda "$conda_site" "$(grep -m 1 -E 'Error|error' said || tail -n 1 said)" "$code"
+    line=$(grep -m 1 -E '^[A-Za-z_.]*[A-Z][A-Za-z]+: ' said || grep . said | tail -n 1)
+    fail conda "$conda_site" "$conda_todo" "$line" "$code"
   fi
   checked="$checked conda"
 fi
 echo "works with:${{checked:- no client is there yet}}"
+"""
+
+
+_FORGET = """
+if [ -x "$conda" ]; then timeout 60 "$conda" clean --index-cache --yes --quiet || true; fi
 """
 
 
@@ -147,11 +150,27 @@ def script(
     values = {
         "root": root,
         "apt_addresses": " ".join(ours),
-        **{f"{service}_site": site.host if site else "" for service, site in sites.items()},
     }
+    for service, site in sites.items():
+        values[f"{service}_site"] = site.host if site else "the official site"
+        values[f"{service}_todo"] = _todo(choice.picks.get(service))
     lines = ["set -e", *(f"{name}={quote(value)}" for name, value in values.items())]
     text = "\n".join([*lines, _CLIENTS])
     return text.replace('cd "$t"\n', f'cd "$t"\nprintf %s {quote(requirement)} > wheel\n', 1)
+
+
+def _todo(pick: Pick | None) -> str:
+    """What a person can do where the service's site fails a client."""
+    if pick is None or pick.site is None:
+        return "wait until it answers, or put the originals back unchecked (fleet mirrors restore)"
+    if pick.policy == "pinned":
+        return f"set mirrors.site or mirrors.pinned.{pick.service} to another"
+    return f"add {pick.site.name} to mirrors.exclude"
+
+
+def forgetting(root: str) -> str:
+    """A check that always passes: conda forgets what it knows of the channels it had before."""
+    return f"conda={quote(f'{root}/conda/bin/conda')}\n{_FORGET}"
 
 
 def requirement(lock: str) -> str:

@@ -103,8 +103,11 @@ def findings(
         found.append(f"architecture {picture.arch} is not supported: use x86_64")
     if picture.init != "systemd":
         found.append(f"init is {picture.init}, not systemd: the demo runs as a systemd service")
-    if picture.python is None and environment:
-        found.append(f"no {python}: the environment is locked for it; install it or use debian 12")
+    if picture.python is None and environment and settings.python_env.manager == "uv":
+        found.append(
+            f"no {python}: the environment is locked for it; set python_env.manager to miniconda, "
+            "which brings it, or use debian 12"
+        )
     needed = model.needs
     if picture.memory_kib < needed.memory_mib * 1024:
         found.append(

@@ -61,16 +61,26 @@ def lock_for(accelerator: str) -> Lock:
 
 @dataclass(frozen=True)
 class Environments:
-    """The environments of a host by digest, and which of them are whole."""
+    """The environments of a host by digest, which of them are whole, and its conda."""
 
     whole: frozenset[str]
     all: frozenset[str]
+    conda: str = ""
+    """The sha256 of the installer that made ROOT/conda, `half` if that is not whole, or empty."""
+    written: frozenset[str] = frozenset()
+    """gpufleet's records of files that it wrote for login shells."""
+
+    def records(self, paths: Iterable[str]) -> bool:
+        """Whether gpufleet wrote any of these files."""
+        return any(record.endswith(path) for record in self.written for path in paths)
 
 
 def parse(lines: Iterable[str]) -> Environments:
-    """Read the EnvironmentsOnHost fact's lines: `whole` or `half`, tab, digest."""
-    pairs = [line.split("\t") for line in lines]
+    """Read the EnvironmentsOnHost fact's lines: `whole` or `half`, tab, digest; others by key."""
+    pairs = [(key, value) for key, _, value in (line.partition("\t") for line in lines)]
     return Environments(
-        frozenset(digest for state, digest in pairs if state == "whole"),
-        frozenset(digest for _, digest in pairs),
+        frozenset(value for key, value in pairs if key == "whole"),
+        frozenset(value for key, value in pairs if key in ("whole", "half")),
+        next((value for key, value in pairs if key == "conda"), ""),
+        frozenset(value for key, value in pairs if key == "written"),
     )

@@ -197,13 +197,15 @@ def examine(
 ) -> list[Asked[tuple[Finding, ...]]]:
     """What is wrong on every host. Raises UsageError for an invalid inventory or limit."""
     from gpufleet.demo.facts import DemoService
-    from gpufleet.driver.doctor import findings
+    from gpufleet.driver.doctor import findings, in_order
     from gpufleet.kernel.plan import leaks, target
+    from gpufleet.mirrors import doctor as mirrors
 
     def one(host: Asker) -> tuple[Finding, ...]:
         seen = pictures(host)
+        sources = _mirror_files(host)
         service = host.fact(DemoService, address=f"http://{host.target.demo_on_host}")
-        return findings(
+        found = findings(
             seen.kernels,
             seen.gpus,
             service,
@@ -213,8 +215,24 @@ def examine(
             pin=leaks(seen.kernels, target(seen.kernels, host.settings.kernel.drift)),
             apply=_apply(path, host),
         )
+        inside = _environments(host, path, bool(seen.gpus.gpus))
+        return in_order([*inside, *found, *mirrors.findings(sources)])
 
     return ask(path, one, limit, told)
+
+
+def _environments(host: Asker, path: Path, gpu: bool) -> tuple[Finding, ...]:
+    """What is wrong with a host's Python environments: one command."""
+    from gpufleet.python_env.conda import digests, recipes
+    from gpufleet.python_env.doctor import findings
+    from gpufleet.python_env.facts import InsideEnvironments
+
+    try:
+        wanted, made = digests(host.settings), recipes(host.settings)
+    except FleetError:  # nothing can be made of these settings: preflight says why
+        return ()
+    seen = host.fact(InsideEnvironments, root=str(host.settings.root))
+    return findings(seen, host.settings, wanted, made, gpu=gpu, apply=_apply(path, host))
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,22 @@ rolling = {
 }
 
 python_env = {
-    # What makes the demo's environment.
-    "manager": "uv",
+    # What makes environments: `miniconda` or `miniforge` (in ROOT/conda), or `uv` alone, with the
+    # host's own python.
+    "manager": "miniconda",
+    # Another environment beside the demo's own (`modern`): one of catalog/environments.yaml, such
+    # as `upstream-2023`, or the path of an environment.yml on this machine.
+    "environment": "modern",
+    # Conda's installer: the path of a file on this machine, or a file name in the mirror's folder.
+    # None: the one that catalog/environments.yaml names, from the mirror.
+    "installer": None,
+    # The installer's sha256, where it is not the catalogue's.
+    "installer_sha256": None,
+    # Offer the command conda in login shells, by a file in /etc/profile.d.
+    "shell_init": False,
+    # CUDA toolkit to install from NVIDIA's repository, without a driver, such as "11.8", for
+    # packages that are compiled against it. None: none.
+    "cuda_toolkit": None,
     # `wheelhouse`: this machine's own pip downloads the wheels, once, and rsync brings them to
     # the hosts, which need no way out. `index`: each host downloads for itself.
     "source": "wheelhouse",

@@ -282,6 +282,7 @@ class Host:
             "ssh_key": str(self.lab.key),
             "ssh_known_hosts_file": str(self.lab.known_hosts),
             "ssh_strict_host_key_checking": "yes",
+            "python_env": {"manager": "uv"},
         }
 
     @contextmanager

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
+
+import requests
 
 from gpufleet.mirrors import verify
 from gpufleet.python_env.plan import lock_for
@@ -58,6 +60,34 @@ def index(folder: Path) -> dict[str, bytes]:
     return {f"/simple/{verify.PACKAGE}/": page.encode(), f"/files/{wheel.name}": wheel.read_bytes()}
 
 
+class Forwarded(dict[str, bytes]):
+    """The files of archives elsewhere, fetched when first asked for: archive → its address."""
+
+    def __init__(self, archives: Mapping[str, str]) -> None:
+        self.archives = archives
+        self.session = requests.Session()
+
+    def __missing__(self, path: str) -> bytes:
+        _, archive, rest = path.split("/", 2)
+        reply = self.session.get(f"{self.archives[archive].rstrip('/')}/{rest}", timeout=60)
+        reply.raise_for_status()
+        self[path] = reply.content
+        return reply.content
+
+
+class Folder(dict[str, bytes]):
+    """Files, and below /anaconda/ what a folder of this machine holds."""
+
+    def __init__(self, files: Mapping[str, bytes], anaconda: Path) -> None:
+        super().__init__(files)
+        self.anaconda = anaconda
+
+    def __missing__(self, path: str) -> bytes:
+        if not path.startswith("/anaconda/") or ".." in path:
+            raise KeyError(path)
+        return (self.anaconda / path.removeprefix("/anaconda/")).read_bytes()
+
+
 PORTAL = b"<!DOCTYPE html><html><body><form action='/login'>Please log in</form></body></html>"
 
 
@@ -71,7 +101,7 @@ class Site:
     """
 
     def __init__(self, address: str, files: Mapping[str, bytes]) -> None:
-        self.files = dict(files)
+        self.files = files
         self.fault, self.at = "", "/"
         self.asked: list[tuple[str, str]] = []
         site = self
@@ -97,7 +127,9 @@ class Site:
         self.url = f"http://{self.host}"
 
     def answer(self, request: http.server.BaseHTTPRequestHandler, client: str) -> None:
-        body = self.files.get(request.path)
+        body: bytes | None = None
+        with suppress(LookupError, OSError):
+            body = self.files[request.path]
         fault = self.fault if request.path.startswith(self.at) else ""
         if request.path == "/login":
             body, fault = PORTAL, ""
@@ -135,7 +167,12 @@ class Site:
 
     def setting(self) -> dict[str, Any]:
         """The site as the setting mirrors.sites has it."""
-        services = {"apt": {"archives": {"debian": "/debian"}}, "pypi": {"index": "/simple"}}
+        cloud = {"conda-forge": "/anaconda/cloud"}
+        services = {
+            "apt": {"archives": {"debian": "/debian"}},
+            "pypi": {"index": "/simple"},
+            "conda": {"base": "/anaconda", "subchannels": ["main"], "cloud": cloud},
+        }
         return {"hosts": [self.host], "scheme": "http", "services": services}
 
 

@@ -128,7 +128,7 @@ def _installed(host: Host) -> list[str]:
 
 
 def _own_inventory(deployed: Fleet, index: Index, folder: Path) -> Path:
-    chosen = {"source": "index", "torch_index": f"{index.url}/torch/"}
+    chosen = {"manager": "uv", "source": "index", "torch_index": f"{index.url}/torch/"}
     return deployed.inventory(folder, h2={"python_env": chosen})
 
 
@@ -139,7 +139,7 @@ def test_the_host_downloads_its_environment_for_itself(
     (environment,) = pointed.path(f"{HOME}/envs").iterdir()
     pointed.sh(f"rm -rf {HOME}/envs")
     served = pointed.pid
-    chosen = {"source": "index", "torch_index": f"{index.url}/torch/"}
+    chosen = {"manager": "uv", "source": "index", "torch_index": f"{index.url}/torch/"}
     inventory = deployed.inventory(tmp_path, h2={"python_env": chosen})
 
     # A wheel that is not the locked one is refused, and nothing is started on what there is.

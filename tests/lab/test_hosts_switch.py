@@ -1,32 +1,44 @@
-"""A switch of mirrors is proved by the real apt, pip and uv on the host; where one of them does not
-work with a site, what was in force before stays in force, byte for byte."""
+"""A switch of mirrors is proved by the real apt, pip and uv on the host, and by the lab's conda;
+where one of them does not work with a site, what was in force before stays in force, byte for byte.
+
+The lab's conda stands for Miniconda's, which the build machines cannot fetch: the same commands,
+over a real solver and real packages (gpufleet/lab/conda_double)."""
 
 from __future__ import annotations
 
 import ensurepip
 import os
+import shutil
 import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fleets
 import pytest
 import sites
-from fleets import Fleet, Host, fleet, ok, words
+from fleets import HOME, Fleet, Host, fleet, ok, words
 from sites import Site
 
+from gpufleet import catalog
+from gpufleet.lab import channel
+from gpufleet.mirrors.choice import decide
+from gpufleet.mirrors.plan import RECORD, record
 from gpufleet.python_env import wheelhouse
 from gpufleet.python_env.plan import UV_LOCK
+from gpufleet.settings import Mirrors
 
-FILES = ("/etc/pip.conf", "/etc/uv/uv.toml")
+FILES = ("/etc/pip.conf", "/etc/uv/uv.toml", "/etc/conda/.condarc")
+CONDA = f"{HOME}/conda"
+FORGE = "/anaconda/cloud/conda-forge"
 SOURCES = "/etc/apt/sources.list.d/debian.sources"
 PIP = "/usr/lib/python3/dist-packages"
 
 
 @pytest.fixture(scope="module")
 def lab(can_boot: None) -> Iterator[Fleet]:
-    """One host that has pip and uv."""
+    """One host that has pip, uv and conda."""
     name = f"t-{os.getpid()}-switch"
     try:
         made = fleets.boot(name, 1)
@@ -39,6 +51,9 @@ def lab(can_boot: None) -> Iterator[Fleet]:
             uv = host.path("/usr/local/bin/uv")
             uv.write_bytes(opened.read(member))
             uv.chmod(uv.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+        installer = channel.ensure() / "miniconda" / channel.INSTALLER
+        shutil.copy(installer, host.path("/root/conda.sh"))
+        host.sh(f"mkdir -p {HOME} && sh /root/conda.sh -b -p {CONDA} && rm /root/conda.sh")
         yield made
     finally:
         fleets.take_down(name)
@@ -54,6 +69,7 @@ def there(lab: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict
     """The official archive and two mirrors of it, all well."""
     archive = sites.archive()
     both = {**archive, **sites.index(tmp_path_factory.mktemp("index"))}
+    both = sites.Folder(both, channel.ensure())
     made = {"official": Site(lab.gateway, archive)}
     made |= {name: Site(lab.gateway, both) for name in ("one", "two")}
     source = lab.hosts[0].path(SOURCES)
@@ -72,7 +88,7 @@ def mirrors(there: dict[str, Site]) -> Iterator[dict[str, Site]]:
         site.fault, site.at = "", "/"
 
 
-def settings(mirrors: dict[str, Site], site: str) -> dict[str, object]:
+def settings(mirrors: dict[str, Site], site: str) -> dict[str, dict[str, Any]]:
     own = {name: one.setting() for name, one in mirrors.items() if name != "official"}
     return {"mirrors": {"site": site, "sites": own}}
 
@@ -117,10 +133,15 @@ def before(host: Host, there: dict[str, Site]) -> dict[str, tuple[bytes, int, in
 class TestInOrder:
     """One host's way from its own sources to a mirror, through faults, and back."""
 
-    def test_a_switch_is_proved_by_apt_pip_and_uv(self, host, mirrors, switch, before) -> None:
+    def test_a_switch_is_proved_by_every_client(self, host, mirrors, switch, before) -> None:
+        stale = host.path(f"{CONDA}/pkgs/cache/of-another-site.json")
+        stale.parent.mkdir(parents=True, exist_ok=True)
+        stale.touch()
         done = ok(switch("one", "--json"))
         assert list(done.changed(host.name)) == ["mirrors"]
         assert mirrors["one"].clients >= {"Debian APT-HTTP", "pip", "uv"}
+        assert any(path.startswith(FORGE) for _, path in mirrors["one"].asked)
+        assert not stale.exists()
         # The lists of the host itself are left alone.
         assert not list(host.path("/var/lib/apt/lists").glob("*_dists_bookworm_Release"))
 
@@ -136,11 +157,12 @@ class TestInOrder:
             ("missing", "/debian/dists/bookworm/main", "apt", "404"),
             ("cut", "/debian/dists/bookworm/main", "apt", "Failed to fetch"),
             ("refuse:pip", "/", "pip", "403"),
-            ("garbage", "/simple", "pip", "from versions: none"),
             ("portal", "/simple", "pip", "from versions: none"),
             ("cut", "/files", "pip", "DO NOT MATCH THE HASHES"),
-            ("garbage", "/files", "pip", "DO NOT MATCH THE HASHES"),
             ("refuse:uv", "/", "uv", "403"),
+            ("missing", FORGE, "conda", "404"),
+            ("garbage", FORGE, "conda", "Error"),
+            ("cut", f"{FORGE}/linux-64", "conda", "IncompleteRead"),
         ],
     )
     def test_a_site_that_fails_a_client_does_not_come_into_force(
@@ -151,7 +173,7 @@ class TestInOrder:
         done = switch("two")
         assert done.code == 1
         words(done.complaint, f"{host.name}: mirrors", f"{client} cannot use {mirrors['two'].host}")
-        words(done.complaint, said, "before is in force again", "set another mirrors.site")
+        words(done.complaint, said, "before is in force again", "to another, then apply again")
         assert content(host) == in_force
 
     def test_a_site_that_is_down_does_not_come_into_force(
@@ -220,14 +242,46 @@ class TestInOrder:
         assert ok(restore("--json")).changed(host.name) == {}
 
 
-def test_whatever_wins_over_the_choice_is_said(host, mirrors, switch) -> None:
+def test_where_no_site_works_what_is_in_force_stays_and_that_is_said(
+    lab, host, mirrors, switch, tmp_path
+) -> None:
+    """As after a choice by measurement: the host remembers what it put in force."""
+    ok(switch("one"))
+    own = Mirrors.model_validate({**settings(mirrors, "one")["mirrors"]})
+    host.path(RECORD).write_text(record(decide(own, catalog.mirrors())))
+    in_force = content(host)
+    down = {name: Site(lab.gateway, {}) for name in ("one", "two")}
+    for site in down.values():
+        site.server.server_close()
+    auto = settings(down, "auto")
+    auto["mirrors"] |= {"exclude": list(catalog.mirrors().sites)}
+    chosen = lab.inventory(tmp_path, auto)
+    done = ok(fleet("apply", "-i", chosen, "--only", "mirrors", "--json"))
+    warnings = done.document["hosts"][0]["warnings"]
+    (kept,) = [line for line in warnings if "apt, pypi, conda: kept at one" in line]
+    words(kept, "no site passed", "fleet mirrors show")
+    for path in (*FILES, SOURCES):
+        assert content(host)[str(host.path(path))] == in_force[str(host.path(path))]
+    ok(fleet("mirrors", "restore", "-i", chosen))
+
+
+def test_whatever_wins_over_the_choice_is_said(lab, host, mirrors, switch, tmp_path) -> None:
     host.path("/etc/environment").write_text("PIP_INDEX_URL=https://a:secret@pypi.example.org/s\n")
     host.path("/root/.condarc").write_text("channels:\n  - https://conda.example.org/main\n")
     try:
         done = ok(switch("one"))
+        asked = fleet("doctor", "-i", lab.inventory(tmp_path), "--json")
     finally:
         host.path("/etc/environment").write_text("")
         host.path("/root/.condarc").unlink()
-    (line,) = [one for one in fleets.lines_about(done.out, host) if "warning" in one]
-    words(line, "PIP_INDEX_URL wins over /etc/pip.conf", "/etc/environment:1", "remove the line")
-    assert "secret" not in done.out + done.err
+    said = [one for one in fleets.lines_about(done.out, host) if "warning" in one]
+    assert len(said) == 2
+    words(said[0], "PIP_INDEX_URL wins over /etc/pip.conf", "/etc/environment:1", "remove the line")
+    words(
+        said[1], "channels there wins over /etc/conda/.condarc", "/root/.condarc:1", "conda clean"
+    )
+    findings = asked.document["hosts"][0]["findings"]
+    mirrors_ = {one["code"]: one for one in findings if one["code"].startswith("mirrors-")}
+    assert set(mirrors_) == {"mirrors-environment", "mirrors-conda-file"}
+    assert mirrors_["mirrors-environment"]["evidence"] == "/etc/environment:1"
+    assert "secret" not in done.out + done.err + asked.out

@@ -197,9 +197,11 @@ def test_environments_that_no_lock_asks_for_go_and_the_one_in_use_stays(tmp_path
         (tmp_path / "envs" / name / "bin" / "python").touch(0o755)
         if name != "half":
             (tmp_path / "envs" / name / ".whole").write_text(f"{name}\n")
-    assert apply(python_env.prune, root=str(tmp_path), keep="bbbb").did_change()
-    assert [path.name for path in (tmp_path / "envs").iterdir()] == ["bbbb"]
-    assert not apply(python_env.prune, root=str(tmp_path), keep="bbbb").did_change()
+            (tmp_path / "envs" / f"named-{name}").symlink_to(name)
+    assert apply(python_env.prune, root=str(tmp_path), keep=["bbbb"]).did_change()
+    left = sorted(path.name for path in (tmp_path / "envs").iterdir())
+    assert left == ["bbbb", "named-bbbb"]
+    assert not apply(python_env.prune, root=str(tmp_path), keep=["bbbb"]).did_change()
 
 
 def test_a_host_that_is_told_to_fail_says_one_line():

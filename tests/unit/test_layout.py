@@ -21,7 +21,15 @@ TASKS = sorted((ROOT / "tasks").glob("*.py"))
 IMPURE = {"pyinfra", "pyinfra_cli", "gevent", "subprocess", "socket", "requests", "paramiko", "os"}
 
 #: Modules of a concern that decide and describe, and that another concern may import.
-PURE = {"plan.py", "picture.py", "verdict.py", "forecast.py", "heal.py", "doctor.py"} | {
+PURE = {
+    "plan.py",
+    "picture.py",
+    "verdict.py",
+    "forecast.py",
+    "heal.py",
+    "doctor.py",
+    "conda.py",
+} | {
     "choice.py",
     "overrides.py",
     "probe.py",

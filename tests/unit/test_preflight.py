@@ -65,8 +65,14 @@ python\t/usr/bin/python3.11
 
 
 def found(model: Model, data: dict[str, Any] | None = None, **changes: Any) -> list[str]:
-    settings = parse_settings(data or {}, "host")
+    settings = parse_settings({"python_env": {"manager": "uv"}, **(data or {})}, "host")
     return findings(settings, "small", model, replace(GOOD, **changes), PYTHON)
+
+
+def test_conda_brings_its_own_python(model: Model):
+    conda = {"python_env": {"manager": "miniforge"}}
+    assert found(model, conda, python=None) == []
+    assert found(model, python=None) != []
 
 
 def cards() -> GpuPicture:
