@@ -58,6 +58,8 @@ class Recipe:
     cuda: str | None = None
     driver: str | None = None
     gpus_without_code: tuple[str, ...] = ()
+    own: bool = False
+    """A user's own file, not the catalogue's."""
 
     @property
     def environment_yml(self) -> str:
@@ -170,6 +172,7 @@ def read(path: Path) -> Recipe:
         conda=tuple(others),
         pip=tuple(str(line).strip() for line in pip),
         cuda=_cuda(pip),
+        own=True,
     )
 
 

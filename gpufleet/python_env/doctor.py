@@ -103,15 +103,18 @@ def _inside(
     def missing(package: str, cause: str) -> Finding:
         has = f"{path} has no {package}"
         # What its own list lacks, making it again does not bring.
-        known = recipe is None or recipe.lock is not None or package in listed
-        mend = anew if known else f"add {package} to the pip list of {recipe.name}"  # type: ignore[union-attr]
+        mend = anew
+        if recipe is not None and recipe.own and package not in listed:
+            mend = f"add {package} to the pip list of {recipe.name}, then apply"
         return Finding(f"no-{package}", severity, cause, has, mend)
 
     if cuda and one.torch_cuda == "":
         version = one.packages.get("torch", "?")
         text = "torch is built without CUDA, and this host has a GPU"
         yield Finding("torch-cpu", severity, text, f"torch {version} in {path}", anew)
-    if "transformers" in one.packages and "sentencepiece" not in one.packages:
+    # StarChat's tokenizer does without: the catalogue's lists know.
+    needed = recipe is None or recipe.own or recipe.lock is not None or "sentencepiece" in listed
+    if needed and "transformers" in one.packages and "sentencepiece" not in one.packages:
         yield missing("sentencepiece", "LLaMA's tokenizer cannot be loaded without sentencepiece")
     eight_bit = "bitsandbytes" in one.packages
     if (eight_bit or "accelerate" in listed) and "accelerate" not in one.packages:

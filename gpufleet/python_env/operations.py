@@ -108,7 +108,7 @@ say() {  # $1 what failed, $2 its output, $3 what to do
   exit 1
 }
 mkdir -p "$root/envs" || exit
-if [ "$(cat "$new/.conda" 2>/dev/null)" != "$digest" ]; then
+if [ "$(cat "$new/.conda" 2>/dev/null)" != "$digest" ] || [ ! -x "$new/bin/python" ]; then
   rm -rf "$new"
   "$root/conda/bin/conda" env create --quiet --prefix "$new" --file "$files/environment.yml" \
     < /dev/null > "$files/log" 2>&1 || {
@@ -167,8 +167,11 @@ done < "$files/torch.txt"
 cat "$files/torch.txt" "$files/requirements.txt" > "$files/wanted.txt"
 [ -s "$files/resolved.txt" ] || {
   "$uv" pip compile --quiet --no-header --no-annotate --python "$python" --find-links "$house" \
-    -o "$files/resolving.txt" "$files/wanted.txt" > "$files/log" 2>&1 ||
+    -o "$files/resolving.txt" "$files/wanted.txt" > "$files/log" 2>&1 || {
+    grep -qi 'failed to fetch\|error sending request\|timed out\|no space left' "$files/log" &&
+      say "the index does not answer for environment $name" "$files/log" "apply again"
     say "no versions satisfy environment $name" "$files/log" "correct its pip packages"
+  }
   mv "$files/resolving.txt" "$files/resolved.txt" || exit
 }
 grep -v '+\|^[[:space:]]*$' "$files/resolved.txt" > "$files/plain.txt"

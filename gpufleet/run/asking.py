@@ -215,8 +215,8 @@ def examine(
             pin=leaks(seen.kernels, target(seen.kernels, host.settings.kernel.drift)),
             apply=_apply(path, host),
         )
-        inside = _environments(host, path, bool(seen.gpus.gpus))
-        return in_order([*inside, *found, *mirrors.findings(sources)])
+        environments = _environments(host, path, bool(seen.gpus.gpus))
+        return in_order([*found, *mirrors.findings(sources), *environments])
 
     return ask(path, one, limit, told)
 

@@ -9,7 +9,7 @@ import pytest
 
 from gpufleet import ROOT
 from gpufleet.errors import FleetError
-from gpufleet.python_env.facts import EnvironmentsOnHost
+from gpufleet.python_env.facts import CudaToolkit, EnvironmentsOnHost
 from gpufleet.python_env.plan import PYTHON, UV_LOCK, Environments, Lock, lock_for, parse
 from gpufleet.settings import Settings
 
@@ -113,6 +113,46 @@ def test_an_environment_counts_as_whole_only_with_its_own_marker_and_an_interpre
     assert (done.returncode, done.stderr) == (0, "")
     found = EnvironmentsOnHost().process(done.stdout.splitlines())
     assert found == Environments(frozenset({"a1"}), frozenset({"a1", "b2", "c3", "d4", "e5"}))
+
+
+def test_a_name_that_leads_to_an_environment_is_none_itself(tmp_path: Path, sh):
+    (tmp_path / "envs" / "a1").mkdir(parents=True)
+    (tmp_path / "envs" / "modern").symlink_to("a1")
+    (tmp_path / "envs" / "old").symlink_to("gone")
+    done = sh(EnvironmentsOnHost().command(root=str(tmp_path)))
+    found = EnvironmentsOnHost().process(done.stdout.splitlines())
+    assert (found.whole, found.all) == (frozenset(), frozenset({"a1"}))
+
+
+def test_conda_counts_as_whole_only_with_its_marker_and_its_programs(tmp_path: Path, sh):
+    def seen() -> str:
+        done = sh(EnvironmentsOnHost().command(root=str(tmp_path)))
+        assert (done.returncode, done.stderr) == (0, "")
+        return EnvironmentsOnHost().process(done.stdout.splitlines()).conda
+
+    assert seen() == ""
+    (tmp_path / "conda" / "bin").mkdir(parents=True)
+    assert seen() == "half"
+    for name in ("conda", "python"):
+        (tmp_path / "conda" / "bin" / name).touch(0o755)
+    assert seen() == "half"
+    (tmp_path / "conda" / ".whole").write_text(f"{A}\n")
+    assert seen() == A
+    (tmp_path / "conda" / "bin" / "conda").unlink()
+    assert seen() == "half"
+
+
+def test_files_for_login_shells_are_known_by_gpufleets_records():
+    record = "/var/lib/gpufleet/written/etc/profile.d/gpufleet-cuda.sh"
+    found = parse([f"written\t{record}"])
+    assert found.records(["/etc/profile.d/gpufleet-cuda.sh"])
+    assert not found.records(["/etc/profile.d/gpufleet-conda.sh"])
+
+
+def test_a_cuda_toolkit_that_is_not_there_is_missing(sh):
+    done = sh(CudaToolkit().command(version="11.8"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert CudaToolkit().process(done.stdout.splitlines()) == "missing"
 
 
 def test_a_host_without_environments_has_none(tmp_path: Path, sh):
