@@ -270,7 +270,9 @@ def make_host_network(host: str, subnet: Subnet, number: int, walled: bool = Fal
     inside, link = namespace(host).name, subnet.link(number)
     mtu = str(link_mtu(subnet.bridge) or 1500)
     run("ip", "netns", "add", inside)
-    veth = ("type", "veth", "peer", "name", "eth0", "mtu", mtu, "netns", inside)
+    # The same at every boot, as others remember it.
+    own = hardware_address(subnet.address(number))
+    veth = ("type", "veth", "peer", "name", "eth0", "address", own, "mtu", mtu, "netns", inside)
     run("ip", "link", "add", link, "mtu", mtu, *veth)
     if walled:
         # Before the link is up: else it would look for neighbours and routers by itself.

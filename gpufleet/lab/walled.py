@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 from gpufleet.apt_sources import archive
 from gpufleet.errors import FleetError
 from gpufleet.lab import faults, image, network, sources, trust
-from gpufleet.lab.machine import Progress, say_nothing
+from gpufleet.lab.machine import Progress, run, say_nothing
 from gpufleet.lab.state import write_whole
 
 if TYPE_CHECKING:
@@ -35,8 +35,11 @@ _CERTIFICATE = "usr/local/share/ca-certificates/gpufleet-lab.crt"
 #: A change of the mirror's configuration takes about 0.1 s.
 _PATIENCE_SECONDS = 30.0
 
-# Finishes what a killed run began. The package lists are as old as the image.
+# Finishes what a killed run began, once that has ended: its shell outlives it here. The package
+# lists are as old as the image.
 _INSTALL = """set -e
+exec 9>/run/gpufleet-mirror.lock
+flock 9
 export DEBIAN_FRONTEND=noninteractive
 apt="apt-get -qq -o DPkg::Lock::Timeout=600"
 state=$(dpkg-query -W -f '${db:Status-Status}' nginx 2>/dev/null || true)
@@ -46,6 +49,8 @@ if [ "$state" != installed ]; then
         $apt update; $apt install -y --no-install-recommends nginx; }
 fi
 mkdir -p /etc/nginx/mirror/faults /srv/mirror/pytorch/whl/cpu /srv/mirror/anaconda /var/cache/nginx
+# It may hold the operator's password for an index; nginx reads it as root.
+chmod 700 /etc/nginx/mirror
 cd /etc/nginx/mirror
 [ -e tls ] || {
     rm -rf tls.new; (umask 077; mkdir tls.new); cd tls.new
@@ -275,7 +280,9 @@ class Mirror:
 
         `folder` is as the mirror sites have it: pkgs/main, cloud/conda-forge, miniconda.
         """
-        shutil.copytree(folder, self.root / "srv/mirror/anaconda", dirs_exist_ok=True)
+        served = self.root / "srv/mirror/anaconda"
+        run("cp", "-r", "--no-preserve=mode,ownership", f"{folder}/.", served)
+        run("chmod", "-R", "a+rX", served)
 
     def fault(
         self,
@@ -291,7 +298,6 @@ class Mirror:
         Arguments as of `faults.snippet`, and the kind ``certificate`` of ``site``: one that is
         for another name and signed by nobody. A service has one fault at a time.
         """
-        self.root.joinpath("etc/nginx/mirror/faults").mkdir(exist_ok=True)
         if (service, kind) == (faults.SITE, "certificate"):
             lines = "".join(
                 f"{directive} /etc/nginx/mirror/tls/wrong.{suffix};\n"
@@ -360,11 +366,10 @@ class Mirror:
                 for host in _discover(simple, index.certificates)
             ],
         }
-        # It may hold the operator's password for the index.
-        self._write("site.conf", render.text("mirror-site.nginx.j2", **values), mode=0o600)
+        self._write("site.conf", render.text("mirror-site.nginx.j2", **values))
         front = render.text(
             "mirror.nginx.j2",
-            resolvers=network.name_servers(),
+            resolvers=[server for server in network.name_servers() if ":" not in server],
             services=faults.SERVICES,
             names=network.MIRROR_NAMES,
         )
@@ -405,11 +410,8 @@ class Mirror:
         if done.returncode:
             raise FleetError(f"{host.name}: cannot trust the mirror: {_last(done)}")
 
-    def _write(self, name: str, text: str, mode: int = 0o644) -> None:
-        path = self._configuration / name
-        path.touch(mode)
-        write_whole(path, text)
-        path.chmod(mode)
+    def _write(self, name: str, text: str) -> None:
+        write_whole(self._configuration / name, text)
 
     def _run(self, script: str, *arguments: str) -> None:
         done = self.lab.run(self.host, join(["sh", "-c", script, "sh", *arguments]))

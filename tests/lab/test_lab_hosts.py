@@ -61,7 +61,7 @@ def traces() -> set[str]:
     found |= {f"forward {line}" for line in lines("/proc/sys/net/ipv4/ip_forward")}
     watchers = lines("/proc/sys/fs/inotify/max_user_instances")
     found |= {f"inotify instances {line}" for line in watchers}
-    found |= {f"nft {line}" for line in machine.run("nft", "list", "ruleset").splitlines()}
+    found |= set(rules())
     found |= {f"loop {line}" for line in machine.run("losetup", "--all").splitlines()}
     places = [Path("/run/netns"), state.STATE, *Path("/run/systemd/nspawn").glob("*")]
     places.append(machine.cgroup_root())
@@ -77,6 +77,14 @@ def traces() -> set[str]:
         if "gpufleet" in groups or "nspawn" in command or "mmdebstrap" in command:
             found.add(f"process {process.name} {command} {groups}")
     return {trace for trace in found if not any(mine in trace for mine in others())}
+
+
+def rules() -> Iterator[str]:
+    """The firewall's lines, each with the table that it belongs to, whose name may be a lab's."""
+    table = ""
+    for line in machine.run("nft", "--stateless", "list", "ruleset").splitlines():
+        table = line if line.startswith("table") else table
+        yield f"nft {table} {line}"
 
 
 def lines(path: str) -> list[str]:
@@ -339,6 +347,92 @@ def test_ctrl_c_ends_up_at_once_in_one_line(point: str) -> None:
     assert took < 5
 
 
+MIRROR = state.STATE / NAME / "hosts" / f"{NAME}-mirror" / "root"
+WALLED_POINTS = {
+    "the mirror's record": exists(str(state.STATE), NAME, "mirror.json"),
+    "the wall": lambda: machine.succeeds("nft", "list", "table", "bridge", f"gpufleet-{NAME}"),
+    "the mirror's package": exists(str(MIRROR), "var/lib/dpkg/info/nginx-common.list"),
+    "the mirror's key": exists(str(MIRROR), "etc/nginx/mirror/tls"),
+    "the mirror's site": exists(str(state.STATE), NAME, "mirror-site.json"),
+}
+
+
+@pytest.mark.parametrize("then", ["down", "up"])
+@pytest.mark.parametrize("point", WALLED_POINTS)
+def test_a_walled_up_killed_at_any_point_is_cleaned_and_continued(point: str, then: str) -> None:
+    with subprocess.Popen(
+        [*FLEET, "up", "--walled", "--name", NAME, "--hosts", "1"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    ) as up:
+        wait_for(WALLED_POINTS[point], seconds=60, pause=0.001)
+        up.kill()
+    if then == "up":
+        # Whatever was written of it, `up` alone makes a walled lab of it, or is told to.
+        seen = lab.up(NAME, 1, walled=True)
+        assert behind_the_wall(seen)
+
+
+def behind_the_wall(seen: lab.Lab) -> bool:
+    """Whether the first host gets its mirror's pages, with trust, and nothing of anybody else."""
+    page = "wget -q -T 5 -t 1 -O- https://mirror.gpufleet.test/pytorch/whl/cpu/"
+    assert "torch" in seen.run(seen.hosts[0], page).stdout
+    assert lab.strays(NAME) == {host.name: 0 for host in seen.hosts}
+    away = seen.run(seen.hosts[0], "ping -c 1 -W 1 192.0.2.1")
+    return away.returncode != 0 and lab.strays(NAME)[seen.hosts[0].name] > 0
+
+
+def test_a_walled_lab_is_put_right_after_anything_of_it_died() -> None:
+    seen = lab.up(NAME, 1, walled=True)
+    assert seen.mirror_host is not None
+    # One packet, since nobody has to look for the gateway's address again and again.
+    away = f"ping -c 1 -W 1 {state.LabRecord(NAME, '', '', seen.subnet).subnet.gateway}"
+    seen.run(seen.hosts[0], away)
+    counted = lab.strays(NAME)
+    assert counted[seen.hosts[0].name] > 0
+    # The service, the host, and what a reboot of this machine takes from the network.
+    seen.run(seen.mirror_host, "systemctl stop nginx; rm /etc/nginx/mirror/site.conf")
+    grown = lab.up(NAME, 2)
+    page = "wget -q -T 5 -t 1 -O- https://mirror.gpufleet.test/pytorch/whl/cpu/"
+    assert all("torch" in grown.run(host, page).stdout for host in grown.hosts)
+    # What was counted stays so, and a new host begins with nothing.
+    assert lab.strays(NAME) == {**counted, f"{NAME}-2": 0}
+    seen.run(seen.mirror_host, "systemctl poweroff")
+    wait_for(lambda: not lab.load(NAME).mirror.host.running)
+    machine.run("nft", "delete", "table", "bridge", f"gpufleet-{NAME}")
+    back = lab.up(NAME, 2)
+    assert all("torch" in back.run(host, page).stdout for host in back.hosts)
+    assert lab.strays(NAME)[f"{NAME}-2"] == 0
+    back.run(back.hosts[1], away)
+    assert lab.strays(NAME)[f"{NAME}-2"] > 0
+
+
+def test_the_command_lists_a_walled_lab_with_its_mirror() -> None:
+    up = fleet("up", "--walled", "--name", NAME, "--hosts", "1", "--json")
+    assert up.returncode == 0, up.stderr
+    (made,) = json.loads(up.stdout)["labs"]
+    assert made["walled"]
+    assert made["mirror"]["name"] == f"{NAME}-mirror"
+    assert [host["name"] for host in made["hosts"]] == [f"{NAME}-1"]
+    rows = [row.split() for row in fleet("list").stdout.splitlines() if row.startswith(NAME)]
+    assert [row[1:4] for row in rows] == [
+        ["debian:12", "(walled)", f"{NAME}-1"],
+        ["debian:12", "(walled)", f"{NAME}-mirror"],
+    ]
+    assert fleet("ssh", f"{NAME}-mirror", "hostname").stdout == f"{NAME}-mirror\n"
+
+
+def test_a_lab_stays_walled_or_not() -> None:
+    lab.up(NAME, 1)
+    refused = fleet("up", "--walled", "--name", NAME)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"fleet: lab {NAME} is not walled: "
+        f"`fleet lab down --name {NAME}` first, or give another --name\n"
+    )
+
+
 def test_a_killed_image_build_leaves_no_process_and_is_swept_by_the_next() -> None:
     # A small image of its own, so that nobody's is touched.
     kept = [path / "root" for path in image.CACHE.glob("images/debian-12-*")]
@@ -431,6 +525,7 @@ def test_the_inventory_reaches_the_labs_hosts_with_pyinfra() -> None:
         (["up", "--image", "debian:1"], "unknown image 'debian:1': choose one of debian:12"),
         (["up", "--name", "No"], "'No' cannot name a lab"),
         (["up", "--disk-mib", "1"], "a host's disk has at least 64 MiB, not 1"),
+        (["up", "--walled", "--vm"], "virtual machines cannot be walled: leave --vm or --wa"),
         (["down", "--name", "../x"], "'../x' cannot name a lab"),
     ],
 )
