@@ -144,9 +144,8 @@ def test_what_works_is_kept_when_every_site_is_down_and_apply_says_so(
     mirror.fault("site", "missing")
     host.path(CACHE).unlink()
     done = ok(fleet("apply", "-i", auto, "--only", "mirrors"))
-    words(
-        done.out + done.err, f"{host.name}: warning: mirrors: pypi stays at {SITE}: no site passed"
-    )
+    said = f"{host.name}: warning: mirrors: apt, pypi, torch: kept at {SITE}, for no site passed"
+    words(done.out + done.err, said)
     assert host.path(PIP_CONF).read_bytes() == before
     mirror.clear()
     probed(auto)
