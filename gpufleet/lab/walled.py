@@ -258,24 +258,24 @@ class Mirror:
 
     @property
     def _finished(self) -> Path:
-        """The site's definition, written once all of it answers."""
+        """The site's definition and its installer's checksum, written once all of it answers."""
         return self.lab.directory / "mirror-site.json"
 
     def settings(self) -> dict[str, Any]:
         """The settings with which a host takes everything from the mirror."""
         try:
-            site = json.loads(self._finished.read_text())
+            made = json.loads(self._finished.read_text())
         except FileNotFoundError:
             raise FleetError(
                 f"the mirror of lab {self.lab.name} is half-made: "
                 f"`fleet lab up --name {self.lab.name}` completes it"
             ) from None
         return {
-            "mirrors": {"site": SITE, "sites": {SITE: site}, "apt_security": True},
+            "mirrors": {"site": SITE, "sites": {SITE: made["site"]}, "apt_security": True},
             "python_env": {
                 "manager": "miniconda",
                 "installer": channel.INSTALLER,
-                "installer_sha256": channel.checksum(self._anaconda),
+                "installer_sha256": made["installer_sha256"],
                 "source": "index",
                 "torch_index": f"{self.url}/pytorch/whl/cpu",
             },
@@ -340,9 +340,11 @@ class Mirror:
             archives = self._archives()
             self._configure(archives)
             self._lay_torch(progress)
-            self.put_channel(channel.ensure(progress))
+            anaconda = channel.ensure(progress)
+            self.put_channel(anaconda)
             self._reload()
-            write_whole(self._finished, json.dumps(_site(archives), indent=2) + "\n")
+            made = {"site": _site(archives), "installer_sha256": channel.checksum(anaconda)}
+            write_whole(self._finished, json.dumps(made, indent=2) + "\n")
         authority = (self._configuration / "tls/ca.crt").read_text()
         new = [host for host in self.lab.hosts if not self._trusted(host, authority)]
         if new:

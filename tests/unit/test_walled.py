@@ -156,7 +156,8 @@ def _lab(folder: Path) -> Lab:
 
 
 def test_inventories_of_a_walled_lab_take_everything_from_its_mirror(tmp_path: Path):
-    (tmp_path / "mirror-site.json").write_text(json.dumps(walled._site(["debian"])))
+    made = {"site": walled._site(["debian"]), "installer_sha256": "0" * 64}
+    (tmp_path / "mirror-site.json").write_text(json.dumps(made))
     settings = Settings.model_validate(_lab(tmp_path).settings)
     site = settings.mirrors.sites[settings.mirrors.site]
     carried = ("apt", "pypi", "conda", "miniconda", "torch")
@@ -164,6 +165,8 @@ def test_inventories_of_a_walled_lab_take_everything_from_its_mirror(tmp_path: P
     assert site.scheme == "https"
     assert settings.mirrors.apt_security
     assert settings.python_env.source == "index"
+    assert settings.python_env.manager == "miniconda"
+    assert settings.python_env.installer_sha256 == "0" * 64
     torch = site.services.torch
     assert torch is not None
     assert settings.python_env.torch_index == site.url(torch.url.replace("{cuda}", "cpu"))
