@@ -323,8 +323,7 @@ def unmet(choice: Choice) -> list[str]:
     for picks in said.values():
         first, services = picks[0], ", ".join(pick.service for pick in picks)
         use = f"kept at {first.name}" if first.policy == "kept" else "left to the official site"
-        more = f" ({len(picks) - 1} more of the kind)" if len(picks) > 1 else ""
-        lines.append(f"{services}: {use}, for {first.why}{more}; look with fleet mirrors show")
+        lines.append(f"{services}: {use}: {first.why}; look with fleet mirrors show")
     return lines
 
 

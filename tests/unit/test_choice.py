@@ -11,7 +11,7 @@ import pytest
 from gpufleet import catalog
 from gpufleet.catalog import SERVICES, Provider, Service, Site
 from gpufleet.errors import UsageError
-from gpufleet.mirrors.choice import Choice, Found, Pick, candidates, decide
+from gpufleet.mirrors.choice import Choice, Found, Pick, candidates, decide, unmet
 from gpufleet.mirrors.plan import CACHE, CONDARC, PIP_CONF, RECORD, AptSources, held, wanted
 from gpufleet.mirrors.probe import FAILED_TTL, Kept, about, choose, digests, read
 from gpufleet.settings import Mirrors, Settings, parse
@@ -431,3 +431,20 @@ def test_the_memory_of_probes_is_no_file_that_a_restore_takes_away():
     sources = AptSources("debian", "bookworm", {}, ())
     choice = decide(mirrors(), CATALOGUE, [ok("nju")])
     assert CACHE not in {file.path for file in wanted(choice, False, sources)}
+
+
+def test_services_of_which_no_site_works_are_said_once_for_each_way_out():
+    picks = {
+        "apt": Pick("apt", CATALOGUE.sites["nju"], "kept", "no site passed: nju: down"),
+        "pypi": Pick(
+            "pypi", CATALOGUE.sites["nju"], "kept", "no site passed: nju: down; and 2 more"
+        ),
+        "hf": Pick("hf", None, "official", "no site passed: hf-mirror: 403"),
+        "conda": Pick("conda", CATALOGUE.sites["nju"], "measured", "9 MB/s"),
+        "torch": Pick("torch", None, "official", "mirrors.pinned.torch says so"),
+    }
+    assert unmet(Choice(picks)) == [
+        "apt, pypi: kept at nju: no site passed: nju: down; look with fleet mirrors show",
+        "hf: left to the official site: no site passed: hf-mirror: 403; "
+        "look with fleet mirrors show",
+    ]

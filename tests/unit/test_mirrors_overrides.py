@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gpufleet.mirrors.doctor import findings
 from gpufleet.mirrors.facts import MirrorFiles
 from gpufleet.mirrors.overrides import Override, in_force, lint_environment, overrides
 from gpufleet.mirrors.plan import CONDARC, PIP_CONF, UV_TOML, AptSources
@@ -209,3 +210,14 @@ class TestAnEnvironmentFile:
     def test_that_is_none_has_one_line_that_says_so(self, text: str):
         (line,) = lint_environment(text)
         assert "; correct it" in line or "not an environment file" in line
+
+
+def test_doctor_lists_them_with_code_and_place_and_says_nothing_without_mirrors():
+    lines = (
+        "ours\t/etc/pip.conf:2:index-url = https://m/s",
+        "env\t/etc/environment:3:PIP_INDEX_URL=https://x.org/s",
+    )
+    (one,) = findings(AptSources("debian", "bookworm", {}, (PIP_CONF,), others=lines))
+    assert (one.code, one.severity) == ("mirrors-environment", "warning")
+    assert one.evidence == "/etc/environment:3"
+    assert findings(AptSources("debian", "bookworm", {}, (), others=lines)) == ()
