@@ -197,13 +197,15 @@ def lint(said: Any) -> list[str]:
         if channel == "nodefaults":
             found.append("channel nodefaults drops the host's .condarc and its mirror: remove it")
         elif _URL.match(channel):
-            found.append(f"channel {channel} passes the mirror by: write the channel's name alone")
+            found.append(
+                f"channel {_plain(channel)} passes the mirror by: write the channel's name alone"
+            )
     specs: list[str] = []
     for each in said["dependencies"]:
         if isinstance(each, str):
             specs.append(each)
             if "::" in each and _URL.match(each):
-                found.append(f"package {each} passes the mirror by: write its name alone")
+                found.append(f"package {_plain(each)} passes the mirror by: write its name alone")
         elif isinstance(each, dict) and list(each) == ["pip"] and isinstance(each["pip"], list):
             found += [problem for line in each["pip"] if (problem := _lint_pip(str(line).strip()))]
         else:
@@ -214,9 +216,17 @@ def lint(said: Any) -> list[str]:
     return found
 
 
+def _plain(text: str) -> str:
+    """An address without what may be a password."""
+    return re.sub(r"://[^/@\s]*@", "://", text)
+
+
 def _lint_pip(line: str) -> str | None:
     if _PIP_INDEX.match(line):
-        return f"pip option {line} passes the mirror by: remove it, the host's pip.conf says where"
+        option = _plain(line)
+        return (
+            f"pip option {option} passes the mirror by: remove it, the host's pip.conf says where"
+        )
     if line.startswith("-"):
         return f"pip option {line} is not taken over: write the packages into the file"
     return None

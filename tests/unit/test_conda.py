@@ -101,6 +101,16 @@ class TestAUsersOwnFile:
         assert "\n" not in str(error.value)
         return str(error.value)
 
+    def test_tells_no_password_of_an_address(self, tmp_path: Path):
+        secret = "https://u:secret@c.example.org/s"
+        said = self.problem(
+            tmp_path,
+            f"channels: [{secret}]\ndependencies:\n- python=3.10\n- {secret}::numpy\n"
+            f"- pip:\n  - --index-url {secret}\n",
+        )
+        assert said.count("https://c.example.org/s") == 3
+        assert "secret" not in said
+
     def test_is_taken_in_its_two_parts(self, tmp_path: Path):
         recipe = self.read(
             tmp_path,

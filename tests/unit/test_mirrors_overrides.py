@@ -8,7 +8,7 @@ import pytest
 
 from gpufleet.mirrors.doctor import findings
 from gpufleet.mirrors.facts import MirrorFiles
-from gpufleet.mirrors.overrides import Override, in_force, lint_environment, overrides
+from gpufleet.mirrors.overrides import Override, in_force, overrides
 from gpufleet.mirrors.plan import CONDARC, PIP_CONF, UV_TOML, AptSources
 
 DEBIAN = "/etc/apt/sources.list.d/debian.sources"
@@ -172,44 +172,6 @@ def test_the_fact_finds_the_lines_on_a_host_and_no_password(tmp_path: Path, sh):
         f'uv\t{home}/.config/uv/uv.toml:1:index-url = "https://w/s"',
         f"env\t{home}/.bashrc:1:export CONDA_CHANNELS=main",
     }
-
-
-class TestAnEnvironmentFile:
-    def test_of_names_only_is_well(self):
-        text = (
-            "name: m\nchannels: [pytorch, conda-forge, defaults]\n"
-            "dependencies: [python=3.9, 'pytorch::pytorch', pip, {pip: [accelerate==0.16.0]}]\n"
-        )
-        assert lint_environment(text) == []
-
-    def test_with_a_full_address_as_a_channel(self):
-        text = "channels:\n  - conda-forge\n  - https://u:secret@c.example.org/pytorch/\n"
-        (line,) = lint_environment(text)
-        assert line.startswith("line 3: channel https://c.example.org/pytorch/ is a full address")
-        assert line.endswith("write its name, such as pytorch")
-        assert "secret" not in line
-
-    def test_with_nodefaults(self):
-        (line,) = lint_environment("channels:\n  - nodefaults\n  - conda-forge\n")
-        assert line.startswith("line 2: nodefaults drops")
-
-    def test_with_a_dependency_from_a_full_address(self):
-        (line,) = lint_environment("dependencies:\n  - https://c.example.org/main::numpy\n")
-        assert "dependency https://c.example.org/main names a full address" in line
-
-    @pytest.mark.parametrize(
-        "option",
-        ["-i https://x.org/s", "--index-url=https://x.org/s", "--extra-index-url https://x.org/s"],
-    )
-    def test_with_an_index_in_its_pip_section(self, option: str):
-        text = f"dependencies:\n  - pip\n  - pip:\n    - {option}\n    - timm\n"
-        (line,) = lint_environment(text)
-        assert line.startswith(f"line 4: {option.partition(' ')[0].partition('=')[0]} in the pip")
-
-    @pytest.mark.parametrize("text", ["[", "- a\n", ""])
-    def test_that_is_none_has_one_line_that_says_so(self, text: str):
-        (line,) = lint_environment(text)
-        assert "; correct it" in line or "not an environment file" in line
 
 
 def test_doctor_lists_them_with_code_and_place_and_says_nothing_without_mirrors():
