@@ -34,10 +34,10 @@ def doctor(
     """
     from gpufleet.cli import waiting
     from gpufleet.driver.doctor import wrong
-    from gpufleet.run import asking
+    from gpufleet.run import outlook
 
     with waiting.hosts(as_json) as told:
-        hosts = asking.examine(inventory, limit or (), told)
+        hosts = outlook.examine(inventory, limit or (), told)
     ill = [host for host in hosts if host.error or wrong(host.answer or ())]
     exit_code = 1 if ill else 0
     if as_json:

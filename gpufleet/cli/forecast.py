@@ -49,10 +49,10 @@ def forecast(
     not be asked.
     """
     from gpufleet.cli import output, waiting
-    from gpufleet.run import asking
+    from gpufleet.run import outlook
 
     with waiting.hosts(as_json) as told:
-        hosts = asking.foretell(inventory, limit or (), told)
+        hosts = outlook.foretell(inventory, limit or (), told)
     exit_code = 1 if any(h.error for h in hosts) else 0
     if not exit_code and not all(h.answer.safe for h in hosts if h.answer):
         exit_code = 4

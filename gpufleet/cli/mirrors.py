@@ -45,7 +45,8 @@ from gpufleet.errors import UsageError
 if TYPE_CHECKING:
     from gpufleet.catalog import Service
     from gpufleet.mirrors.choice import Found, Pick
-    from gpufleet.run.asking import Asked, Chosen, Probed
+    from gpufleet.run.asking import Asked
+    from gpufleet.run.mirrors import Chosen, Probed
 
 VERSION = 1
 
@@ -80,11 +81,11 @@ def probe(
     be asked, or found no site that works for a service.
     """
     from gpufleet.cli import output, waiting
-    from gpufleet.run import asking
+    from gpufleet.run import mirrors
 
     services, sites = _services(_split(service)), _split(site)
     with waiting.hosts(as_json) as told:
-        hosts = asking.probe_mirrors(inventory, limit or (), told, services=services, sites=sites)
+        hosts = mirrors.probe(inventory, limit or (), told, services=services, sites=sites)
     exit_code = 0 if all(host.answer and _served(host.answer.found) for host in hosts) else 1
     if as_json:
         _print("mirrors probe", exit_code, [_probed(host) for host in hosts])
@@ -118,10 +119,10 @@ def show(
     Changes nothing and probes nothing: it goes by the settings and by what the host remembers.
     """
     from gpufleet.cli import output, waiting
-    from gpufleet.run import asking
+    from gpufleet.run import mirrors
 
     with waiting.hosts(as_json) as told:
-        hosts = asking.show_mirrors(inventory, limit or (), told)
+        hosts = mirrors.show(inventory, limit or (), told)
     exit_code = 1 if any(host.error for host in hosts) else 0
     if as_json:
         _print("mirrors show", exit_code, [_chosen(host) for host in hosts])

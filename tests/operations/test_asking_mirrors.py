@@ -17,7 +17,7 @@ from gpufleet.errors import UsageError
 from gpufleet.managed.facts import STATE
 from gpufleet.mirrors import facts, probe
 from gpufleet.mirrors.plan import RECORD
-from gpufleet.run import asking
+from gpufleet.run import mirrors
 
 UNIT = Path(__file__).parents[1] / "unit"
 
@@ -81,7 +81,7 @@ def inventory(tmp_path: Path, sites: dict[str, Any]):
 
 
 def test_every_site_is_probed_and_the_host_remembers(inventory, state: Path):
-    (said,) = asking.probe_mirrors(inventory())
+    (said,) = mirrors.probe(inventory())
     assert said.error is None
     assert said.answer is not None
     states = {(row.site, row.service): row.state for row in said.answer.found}
@@ -97,7 +97,7 @@ def test_every_site_is_probed_and_the_host_remembers(inventory, state: Path):
 
 
 def test_a_probe_may_be_of_one_site_and_one_service(inventory, state: Path):
-    (said,) = asking.probe_mirrors(inventory(), services=["pypi"], sites=["empty"])
+    (said,) = mirrors.probe(inventory(), services=["pypi"], sites=["empty"])
     assert said.answer is not None
     assert [(row.site, row.service) for row in said.answer.found] == [("empty", "pypi")]
 
@@ -105,28 +105,28 @@ def test_a_probe_may_be_of_one_site_and_one_service(inventory, state: Path):
 def test_what_cannot_be_probed_is_one_line(inventory, state: Path):
     with pytest.raises(UsageError, match="no such service; use one of apt, pypi,"):
         cli._services(["pipy"])
-    (said,) = asking.probe_mirrors(inventory(), sites=["mars"])
+    (said,) = mirrors.probe(inventory(), sites=["mars"])
     assert said.error is not None
     assert said.error.startswith("@local: --site mars: no such site; use one of aliyun, bfsu")
-    (said,) = asking.probe_mirrors(inventory(), sites=["nju"])
+    (said,) = mirrors.probe(inventory(), sites=["nju"])
     assert said.error is not None
     assert said.error.startswith("@local: nothing to probe: the named sites are excluded")
     assert not state.exists()
 
 
 def test_show_says_what_the_next_apply_would_choose_and_probes_nothing(inventory, state: Path):
-    (before,) = asking.show_mirrors(inventory())
+    (before,) = mirrors.show(inventory())
     assert before.answer is not None
     assert before.answer.due == ("pypi", "miniconda")
     assert before.answer.choice.picks["pypi"].why == "no site was probed"
     assert not state.exists()
-    asking.probe_mirrors(inventory())
-    (after,) = asking.show_mirrors(inventory())
+    mirrors.probe(inventory())
+    (after,) = mirrors.show(inventory())
     assert after.answer is not None
     assert after.answer.due == ()
     pick = after.answer.choice.picks["pypi"]
     assert (pick.name, pick.policy, pick.fallbacks) == ("good", "measured", ("official",))
-    (pinned,) = asking.show_mirrors(inventory(pinned={"pypi": "empty"}))
+    (pinned,) = mirrors.show(inventory(pinned={"pypi": "empty"}))
     assert pinned.answer is not None
     assert pinned.answer.choice.picks["pypi"].policy == "pinned"
     assert pinned.answer.choice.picks["miniconda"].name == "good"
