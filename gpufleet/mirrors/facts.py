@@ -14,6 +14,7 @@ from gpufleet.mirrors.plan import (
     CONDARC,
     PIP_CONF,
     RECORD,
+    REFUSED,
     UV_TOML,
     AptSources,
     parse_sources,
@@ -32,7 +33,7 @@ for p in /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.l
   if [ -f "$src" ]; then printf 'file\t%s\n' "$p"; sed 's/^/+/' "$src"; echo; fi
 done
 printf 'host\t%s\t%s\n' "${{VERSION_ID-}}" "$(date +%s)"
-for p in {RECORD} {CACHE}; do
+for p in {RECORD} {CACHE} {REFUSED}; do
   if [ -f "$p" ]; then printf 'file\t%s\n' "$p"; sed 's/^/+/' "$p"; echo; fi
 done
 for p in {PIP_CONF} {UV_TOML} {CONDARC} {RECORD} /etc/apt/sources.list \

@@ -24,6 +24,8 @@ RECORD = "/var/lib/gpufleet/mirrors-choice.json"
 
 #: Where a host keeps what its probes found.
 CACHE = "/var/lib/gpufleet/mirrors-probed.json"
+#: Sites that passed a probe and then failed a client: time, service, host and reason, tabs between.
+REFUSED = "/var/lib/gpufleet/mirrors-refused"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class AptSources:
     """The distribution's version, such as 12 or 24.04."""
     others: tuple[str, ...] = ()
     """Lines of configuration that may win over those files, for `overrides.read`."""
+    refused: str = ""
+    """The text of `REFUSED`, empty if there is none."""
 
 
 def parse_sources(lines: Iterable[str]) -> AptSources:
@@ -76,6 +80,7 @@ def parse_sources(lines: Iterable[str]) -> AptSources:
             others.append(line)
     texts = {path: "\n".join([*text, ""]) for path, text in files.items()}
     record, cache = texts.pop(RECORD, ""), texts.pop(CACHE, "")
+    refused = texts.pop(REFUSED, "")
     return AptSources(
         os,
         codename,
@@ -83,6 +88,7 @@ def parse_sources(lines: Iterable[str]) -> AptSources:
         tuple(written),
         record,
         cache=cache,
+        refused=refused,
         now=now,
         version=version,
         others=tuple(others),

@@ -260,6 +260,28 @@ def without_stale(found: Iterable[Found]) -> list[Found]:
     return judged
 
 
+def without_refused(
+    found: Iterable[Found], refused: str, known: Iterable[Candidate]
+) -> list[Found]:
+    """The results, where a site fails that failed a client since it was probed.
+
+    `refused` is what the check of a switch noted.
+    """
+    hosts = {(one.site.name, one.via): one.site.host for one in known}
+    since: dict[tuple[str, str], tuple[float, str]] = {}
+    for line in refused.splitlines():
+        noted, service, host, why = [*line.split("\t", 3), "", "", ""][:4]
+        if noted.isdigit():
+            since[service, host] = (float(noted), why)
+    judged = []
+    for row in found:
+        at, why = since.get((row.service, hosts.get((row.site, row.via), "")), (0.0, ""))
+        if row.passed and at >= row.at:
+            row = replace(row, state="refused", why=f"passed the probe and then failed: {why}")
+        judged.append(row)
+    return judged
+
+
 def due(
     kept: Kept, wanted: Mapping[Service, str], now: float, ttl_hours: float
 ) -> tuple[Service, ...]:
@@ -305,7 +327,8 @@ def choose(
     if ask and again:
         sites = candidates(settings, catalogue)
         kept = ask(plan(sites, host, services=again, name=name, hosts=hosts))
-    return decide(settings, catalogue, kept.found, held(host.sources.record))
+    found = without_refused(kept.found, host.sources.refused, candidates(settings, catalogue))
+    return decide(settings, catalogue, found, held(host.sources.record))
 
 
 def missing(settings: Mirrors, catalogue: Catalogue, host: Host) -> tuple[Service, ...]:

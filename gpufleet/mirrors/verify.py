@@ -10,7 +10,7 @@ from gpufleet.apt_sources import parse
 from gpufleet.errors import FleetError
 from gpufleet.managed.plan import ManagedFile
 from gpufleet.mirrors.choice import Choice, Pick
-from gpufleet.mirrors.plan import CONDARC, PIP_CONF, UV_TOML, AptSources
+from gpufleet.mirrors.plan import CONDARC, PIP_CONF, REFUSED, UV_TOML, AptSources
 
 #: The small wheel, of any Python 3, that pip and uv download: the version that the lock names, so
 #: that an index which stopped being updated does not pass, checked by the lock's hashes.
@@ -51,7 +51,19 @@ fail() {{  # $1 client, $2 site, $3 what to do, $4 what it said, $5 exit status
   case $5 in 124) set -- "$1" "$2" "$3" "no end within the time given" ;; esac
   said=$(printf '%s' "$4" | tr -s '[:space:]' ' ' | cut -c1-300)
   echo "gpufleet: $1 cannot use $2 (${{said:-it said nothing}}); \
-what was in force before is in force again; $3, then apply again" >&2
+what was in force before is in force again; $3" >&2
+  case $1 in
+    apt) service=apt measured=$apt_measured ;;
+    conda) service=conda measured=$conda_measured ;;
+    *) service=pypi measured=$pypi_measured ;;
+  esac
+  if [ -n "$measured" ]; then
+    {{
+      awk -F '\t' -v s="$service" -v h="$2" '$2 != s || $3 != h' {REFUSED} 2>/dev/null || true
+      printf '%s\t%s\t%s\t%s: %s\n' "$(date +%s)" "$service" "$2" "$1" "$said"
+    }} > {REFUSED}.new
+    mv -f {REFUSED}.new {REFUSED}
+  fi
   exit 1
 }}
 if [ -n "$apt" ]; then
@@ -153,7 +165,10 @@ def script(
     }
     for service, site in sites.items():
         values[f"{service}_site"] = site.host if site else "the official site"
-        values[f"{service}_todo"] = _todo(choice.picks.get(service))
+        pick = choice.picks.get(service)
+        values[f"{service}_todo"] = _todo(pick)
+        chosen = pick is not None and pick.site is not None and pick.policy != "pinned"
+        values[f"{service}_measured"] = "yes" if chosen else ""
     lines = ["set -e", *(f"{name}={quote(value)}" for name, value in values.items())]
     text = "\n".join([*lines, _CLIENTS])
     return text.replace('cd "$t"\n', f'cd "$t"\nprintf %s {quote(requirement)} > wheel\n', 1)
@@ -162,10 +177,17 @@ def script(
 def _todo(pick: Pick | None) -> str:
     """What a person can do where the service's site fails a client."""
     if pick is None or pick.site is None:
-        return "wait until it answers, or put the originals back unchecked (fleet mirrors restore)"
+        return (
+            "wait until it answers and apply again, or put the originals back unchecked (fleet "
+            "mirrors restore)"
+        )
     if pick.policy == "pinned":
-        return f"set mirrors.site or mirrors.pinned.{pick.service} to another"
-    return f"add {pick.site.name} to mirrors.exclude"
+        return f"set mirrors.site or mirrors.pinned.{pick.service} to another, then apply again"
+    following = pick.fallbacks[0] if pick.fallbacks else "official"
+    return (
+        f"apply again, and {following} comes next; {pick.site.name} is left out until it is probed "
+        "again (fleet mirrors probe)"
+    )
 
 
 def forgetting(root: str) -> str:

@@ -17,6 +17,8 @@ from gpufleet.mirrors.plan import CACHE, PIP_CONF
 
 INDEX = "https://mirror.gpufleet.test/pypi/web/simple"
 
+SOURCES = "/etc/apt/sources.list.d/debian.sources"
+
 #: Notes every command that comes through ssh, and runs it.
 COUNT = """ForceCommand /bin/sh -c 'echo >>/root/commands; exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
 """
@@ -122,7 +124,7 @@ def test_apply_takes_what_works_and_a_second_one_asks_next_to_nothing(auto: Path
     shown = fleet("mirrors", "show", "-i", auto, "--json").document["hosts"][0]
     services = {row["service"]: row for row in shown["services"]}
     assert (services["pypi"]["site"], services["pypi"]["policy"]) == (SITE, "measured")
-    assert (services["conda"]["site"], services["conda"]["policy"]) == ("official", "official")
+    assert (services["hf"]["site"], services["hf"]["policy"]) == ("official", "official")
     assert PIP_CONF in shown["written"]
     host.path("/etc/ssh/sshd_config.d/count.conf").write_text(COUNT)
     host.sh("systemctl reload ssh")
@@ -144,11 +146,35 @@ def test_what_works_is_kept_when_every_site_is_down_and_apply_says_so(
     mirror.fault("site", "missing")
     host.path(CACHE).unlink()
     done = ok(fleet("apply", "-i", auto, "--only", "mirrors"))
-    said = f"{host.name}: warning: mirrors: apt, pypi, torch: kept at {SITE}, for no site passed"
-    words(done.out + done.err, said)
+    kept = f"apt, pypi, conda, miniconda, torch: kept at {SITE}, for no site passed"
+    words(done.out + done.err, f"{host.name}: warning: mirrors: {kept}")
     assert host.path(PIP_CONF).read_bytes() == before
     mirror.clear()
     probed(auto)
     shown = fleet("mirrors", "show", "-i", auto, "--json").document["hosts"][0]
     services = {row["service"]: row for row in shown["services"]}
     assert services["pypi"]["policy"] == "measured"
+
+
+def test_a_site_that_passes_a_probe_and_fails_a_client_is_left_out_until_it_is_probed_again(
+    auto: Path, host: Host, mirror: Mirror
+):
+    ok(fleet("mirrors", "restore", "-i", auto))
+    original = host.path(SOURCES).read_bytes()
+    # The probe reads the index by its name, apt by its hash.
+    mirror.fault("apt", "forbidden", path="/by-hash/")
+    assert probed(auto, "--service", "apt")[SITE, "apt"]["state"] == "ok"
+    first = fleet("apply", "-i", auto, "--only", "mirrors")
+    assert first.code == 1
+    words(first.err, f"apt cannot use {mirror.name}", "403", "apply again, and official comes next")
+    assert not host.path(PIP_CONF).exists()
+
+    second = ok(fleet("apply", "-i", auto, "--only", "mirrors"))
+    words(second.out + second.err, "apt: left to the official site", "and then failed: apt: ")
+    assert host.path(SOURCES).read_bytes() == original
+    assert f"index-url = {INDEX}\n" in host.path(PIP_CONF).read_text()
+
+    mirror.clear()
+    probed(auto, "--service", "apt")
+    ok(fleet("apply", "-i", auto, "--only", "mirrors"))
+    assert mirror.url in host.path(SOURCES).read_text()

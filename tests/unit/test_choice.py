@@ -270,7 +270,12 @@ class TestRemembered:
     NOW = 1_800_000_000.0
 
     def run(
-        self, kept: str = "", record: str = "", settings: Settings = SETTINGS, answer: str = ""
+        self,
+        kept: str = "",
+        record: str = "",
+        settings: Settings = SETTINGS,
+        answer: str = "",
+        refused: str = "",
     ) -> tuple[Choice, list[str]]:
         """The choice, and the plans that the host was asked to carry out."""
         asked: list[str] = []
@@ -279,9 +284,32 @@ class TestRemembered:
             asked.append(plan)
             return read(answer)
 
-        sources = AptSources("debian", "bookworm", {}, (), record, kept, self.NOW, "12")
+        sources = AptSources(
+            "debian", "bookworm", {}, (), record, kept, self.NOW, "12", refused=refused
+        )
         host = about(settings, catalog.drivers(), sources)
         return choose(settings.mirrors, CATALOGUE, host, ask, name="h"), asked
+
+    @pytest.mark.parametrize(
+        ("ago", "service", "site", "taken"),
+        [
+            (60, "pypi", "mirrors.nju.edu.cn", "sjtu"),
+            (7200, "pypi", "mirrors.nju.edu.cn", "nju"),  # it was probed again since
+            (60, "conda", "mirrors.nju.edu.cn", "nju"),
+            (60, "pypi", "mirrors.example.org", "nju"),
+        ],
+    )
+    def test_a_site_that_failed_a_client_since_is_left_out(self, ago, service, site, taken):
+        refused = f"nonsense\n{self.NOW - ago:.0f}\t{service}\t{site}\tpip: 403\n"
+        kept = self.cache(3600, ok("sjtu", 0.5, "pypi"), ok("nju", 1, "pypi"))
+        choice, _ = self.run(kept, refused=refused)
+        assert choice.picks["pypi"].name == taken
+
+    def test_where_all_failed_a_client_it_says_what_the_client_said(self):
+        refused = f"{self.NOW:.0f}\tpypi\tmirrors.nju.edu.cn\tpip: 403\n"
+        choice, _ = self.run(self.cache(3600), refused=refused)
+        assert choice.picks["pypi"].name == "official"
+        assert "nju: passed the probe and then failed: pip: 403" in choice.picks["pypi"].why
 
     def cache(self, age: float, *rows: Found) -> str:
         """What a host keeps of a probe of all that it would be asked, so long ago."""
