@@ -224,11 +224,18 @@ module_exit(stop);
 MODULE_VERSION("470.256.02");
 MODULE_LICENSE("NVIDIA");
 """
+_MEMORY = """\
+#include <linux/module.h>
+MODULE_VERSION("470.256.02");
+MODULE_LICENSE("NVIDIA");
+"""
 _DKMS = """\
 PACKAGE_NAME="nvidia"
 PACKAGE_VERSION="470.256.02"
 BUILT_MODULE_NAME[0]="nvidia"
 DEST_MODULE_LOCATION[0]="/updates/dkms"
+BUILT_MODULE_NAME[1]="nvidia-uvm"
+DEST_MODULE_LOCATION[1]="/updates/dkms"
 MAKE[0]="make -C /lib/modules/$kernelver/build M=$dkms_tree/$PACKAGE_NAME/$PACKAGE_VERSION/build"
 CLEAN="true"
 AUTOINSTALL="yes"
@@ -254,7 +261,8 @@ def built(can_boot: None, tmp_path: Path) -> Iterator[Server]:
         source = tmp_path / "nvidia-dkms-470-server/usr/src/nvidia-470.256.02"
         source.mkdir(parents=True)
         (source / "nvidia.c").write_text(_MODULE)
-        (source / "Kbuild").write_text("obj-m := nvidia.o\n")
+        (source / "nvidia-uvm.c").write_text(_MEMORY)
+        (source / "Kbuild").write_text("obj-m := nvidia.o nvidia-uvm.o\n")
         (source / "dkms.conf").write_text(_DKMS)
         deb = package(
             tmp_path,
