@@ -146,7 +146,7 @@ def test_what_works_is_kept_when_every_site_is_down_and_apply_says_so(
     mirror.fault("site", "missing")
     host.path(CACHE).unlink()
     done = ok(fleet("apply", "-i", auto, "--only", "mirrors"))
-    kept = f"apt, pypi, conda, miniconda, torch: kept at {SITE}, for no site passed"
+    kept = f"apt, pypi, conda, miniconda, torch: kept at {SITE}: no site passed: {SITE}: "
     words(done.out + done.err, f"{host.name}: warning: mirrors: {kept}")
     assert host.path(PIP_CONF).read_bytes() == before
     mirror.clear()
@@ -161,16 +161,20 @@ def test_a_site_that_passes_a_probe_and_fails_a_client_is_left_out_until_it_is_p
 ):
     ok(fleet("mirrors", "restore", "-i", auto))
     original = host.path(SOURCES).read_bytes()
-    # The probe reads the index by its name, apt by its hash.
-    mirror.fault("apt", "forbidden", path="/by-hash/")
-    assert probed(auto, "--service", "apt")[SITE, "apt"]["state"] == "ok"
+    # The probe asks every suite for its InRelease, and one for its packages.
+    mirror.fault("apt", "forbidden", path="/dists/bookworm-updates/main/")
+    assert probed(auto)[SITE, "apt"]["state"] == "ok"
     first = fleet("apply", "-i", auto, "--only", "mirrors")
     assert first.code == 1
     words(first.err, f"apt cannot use {mirror.name}", "403", "apply again, and official comes next")
     assert not host.path(PIP_CONF).exists()
 
     second = ok(fleet("apply", "-i", auto, "--only", "mirrors"))
-    words(second.out + second.err, "apt: left to the official site", "and then failed: apt: ")
+    words(
+        second.out + second.err,
+        "mirrors: apt, miniforge, cuda_apt, hf: left to the official site",
+        f"{SITE}: passed the probe and then failed: apt: E: Failed to fetch {mirror.url}",
+    )
     assert host.path(SOURCES).read_bytes() == original
     assert f"index-url = {INDEX}\n" in host.path(PIP_CONF).read_text()
 
