@@ -22,7 +22,7 @@ from urllib.parse import quote, urlsplit
 
 from gpufleet.apt_sources import archive
 from gpufleet.errors import FleetError
-from gpufleet.lab import channel, faults, image, network, sources, trust
+from gpufleet.lab import faults, image, network, sources, trust
 from gpufleet.lab.machine import Progress, run, say_nothing
 from gpufleet.lab.state import write_whole
 
@@ -263,6 +263,8 @@ class Mirror:
 
     def settings(self) -> dict[str, Any]:
         """The settings with which a host takes everything from the mirror."""
+        from gpufleet.lab import channel  # needs what a bare python3 has not, other labs do not
+
         try:
             made = json.loads(self._finished.read_text())
         except FileNotFoundError:
@@ -334,6 +336,8 @@ class Mirror:
 
     def furnish(self, progress: Progress = say_nothing) -> None:
         """Install and configure what is missing of it, and make every host trust it."""
+        from gpufleet.lab import channel
+
         if not (self._finished.exists() and self._generation()):
             progress("furnishing the mirror host", None)
             self._run(_INSTALL, self.lab.name, *network.MIRROR_NAMES)
