@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import tempfile
-import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -51,7 +47,7 @@ def ensure(progress: Progress = say_nothing, into: Path | None = None) -> Path:
     if target.exists():
         return target
     kept.mkdir(parents=True, exist_ok=True)
-    with _alone(kept.with_name(f"{kept.name}.flock")):
+    with wheelhouse.alone(kept.with_name(f"{kept.name}.flock")):
         if not target.exists():
             older = sorted(kept.iterdir(), key=lambda folder: folder.stat().st_mtime)
             for folder in older[:-2]:  # others may be served just now
@@ -61,19 +57,6 @@ def ensure(progress: Progress = say_nothing, into: Path | None = None) -> Path:
                 _make(Path(scratch)).rename(target)
             target.chmod(0o755)
     return target
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait for any other maker, of this process too."""
-    with path.open("w") as flock:
-        while True:  # never blocks in flock(2): under gevent the other would stand still
-            try:
-                fcntl.flock(flock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.2)
-        yield
 
 
 def checksum(anaconda: Path) -> str:

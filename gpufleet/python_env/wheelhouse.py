@@ -49,7 +49,7 @@ def build(lock: Lock, torch_index: str, into: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FleetError(f"cannot make {folder}: {error.strerror}; check its parent") from None
-    with _alone(parent / f"{lock.digest}.flock"):
+    with _this_process, alone(parent / f"{lock.digest}.flock"):
         whole = folder / ".whole"
         if not whole.exists():
             common, local = lock.split()
@@ -63,9 +63,9 @@ def build(lock: Lock, torch_index: str, into: Path | None = None) -> Path:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait for any other download of the same lock: of this process, then of others."""
-    with _this_process, path.open("w") as flock:
+def alone(path: Path) -> Iterator[None]:
+    """Hold the file's lock; waits for whoever has it, in this process or another."""
+    with path.open("w") as flock:
         while True:  # never blocks in flock(2): under gevent that would stop every host
             try:
                 fcntl.flock(flock, fcntl.LOCK_EX | fcntl.LOCK_NB)
