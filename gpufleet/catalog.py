@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -25,6 +26,8 @@ from gpufleet.errors import FleetError, UsageError
 
 CATALOG = ROOT / "catalog"
 
+NOT_SERVED = "{title}: this version brings its weights to hosts and has no demo of it yet"
+
 
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +50,114 @@ class WeightFile(_Entry):
     path: RelativePath
     bytes: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Evidence(_Entry):
+    """Where a row comes from: nothing is in the catalogue without a source."""
+
+    source: str
+    seen: str
+    state: Literal["verified", "listed", "unverified", "gone"]
+
+
+class ListedFile(_Entry):
+    """One file of a weight set as far as the catalogue knows it; the rest is learnt."""
+
+    path: RelativePath
+    """Below the set's folder."""
+    bytes: Annotated[int, Field(ge=0)] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+
+_Repository = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*$")
+]
+
+
+class WeightSource(_Entry):
+    """A place that a set's files can be had from: exactly one of the four."""
+
+    huggingface: _Repository | None = None
+    modelscope: _Repository | None = None
+    url: Annotated[str, Field(pattern=r"^https?://[^\s{}]+/?$")] | None = None
+    """The folder that the files lie in."""
+    by_hand: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    """A page that only a browser gets the file from."""
+    kind: Literal["model", "space", "dataset"] = "model"
+    """Of a repository."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """The repository's commit. None: what its main branch is at the first fetch."""
+    paths: Mapping[RelativePath, RelativePath] = {}
+    """Names there of files that have another name here: here -> there."""
+
+    @model_validator(mode="after")
+    def _one(self) -> WeightSource:
+        given = (self.huggingface, self.modelscope, self.url, self.by_hand)
+        if sum(place is not None for place in given) != 1:
+            raise ValueError("has exactly one of huggingface, modelscope, url and by_hand")
+        return self
+
+
+class Made(_Entry):
+    """A set that is merged on the operator's machine."""
+
+    base: str
+    delta: str
+    version: Literal["v0", "v1.1"]
+    """Of the delta: v0 has one more row of vocabulary than the base, v1.1 has not."""
+
+
+class WeightSet(_Entry):
+    """A named collection of files: one checkpoint, or one repository."""
+
+    schema_version: Annotated[Literal[1], Field(alias="schema")]
+    title: str
+    folder: RelativePath | Literal[""] = ""
+    """Where in a store its files lie; empty is the store itself."""
+    kind: Literal[
+        "llama",
+        "delta",
+        "vision-tower",
+        "q-former",
+        "projection",
+        "gpt-bigcode",
+        "clip",
+        "pictures",
+    ]
+    hidden_size: Annotated[int, Field(gt=0)] | None = None
+    """Of the language model that it is, or fits to."""
+    vocabulary: Annotated[int, Field(gt=0)] | None = None
+    pairs: tuple[str, ...] = ()
+    """Sets that it works with; with others of their kind it does not."""
+    in_checkout: RelativePath | None = None
+    """The store in the checkout that has it."""
+    sources: tuple[WeightSource, ...] = ()
+    """In order of preference."""
+    made: Made | None = None
+    include: tuple[str, ...] = ()
+    """Patterns, as fnmatch has them, of a source's files that belong to the set beside `files`."""
+    files: tuple[ListedFile, ...] = ()
+    evidence: Evidence
+
+    @model_validator(mode="after")
+    def _whole(self) -> WeightSet:
+        if not (self.sources or self.made or self.in_checkout):
+            raise ValueError("has neither sources nor made nor in_checkout")
+        if not (self.files or self.include or self.made):
+            raise ValueError("has neither files nor include")
+        paths = [file.path for file in self.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError("names a file twice")
+        return self
+
+    @property
+    def listed(self) -> bool:
+        """Whether `files` are all that the set has."""
+        return bool(self.files) and not self.include
+
+    def place(self, path: str) -> str:
+        """Where a file of the set lies in a store."""
+        return f"{self.folder}/{path}" if self.folder else path
 
 
 class Needs(_Entry):
@@ -81,31 +192,37 @@ class HealthQuestion(_Entry):
 
 
 class Model(_Entry):
-    """One system that can be served."""
+    """One system of the catalogue."""
 
-    schema_version: Annotated[Literal[1], Field(alias="schema")]
+    schema_version: Annotated[Literal[2], Field(alias="schema")]
     title: str
-    system: Literal["mini_gpt4"]
+    system: Literal["mini_gpt4", "starchat", "clip"]
     accelerators: tuple[Literal["cpu", "cuda"], ...]
     needs: Needs
-    weights_in_checkout: RelativePath | None = None
-    minigpt4: MiniGPT4
-    health: HealthQuestion
+    weights: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of the weight sets that it is made of."""
+    minigpt4: MiniGPT4 | None = None
+    health: HealthQuestion | None = None
     examples: RelativePath | None = None
-    files: Annotated[tuple[WeightFile, ...], Field(min_length=1)]
 
     @property
-    def total_bytes(self) -> int:
-        """Bytes of all weight files."""
-        return sum(file.bytes for file in self.files)
+    def served(self) -> bool:
+        """Whether the demo can run it; of the others, the weights can be had."""
+        return self.minigpt4 is not None and self.health is not None
 
+    @property
+    def question(self) -> HealthQuestion:
+        """What the demo must know. Raises FleetError for a model that is not served yet."""
+        if self.health is None:
+            raise FleetError(NOT_SERVED.format(title=self.title))
+        return self.health
 
-class Evidence(_Entry):
-    """Where a row comes from: nothing is in the catalogue without a source."""
-
-    source: str
-    seen: str
-    state: Literal["verified", "listed", "unverified", "gone"]
+    @property
+    def parts(self) -> MiniGPT4:
+        """Files and sizes. Raises FleetError for a model that is not served yet."""
+        if self.minigpt4 is None:
+            raise FleetError(NOT_SERVED.format(title=self.title))
+        return self.minigpt4
 
 
 #: What a mirror site can carry.
@@ -495,6 +612,27 @@ def model(name: str) -> Model:
     if name not in names():
         raise UsageError(f"setting model: no model {name!r}; choose one of: {', '.join(names())}")
     return _load(Model, CATALOG / "models" / f"{name}.yaml")
+
+
+def weight_sets() -> list[str]:
+    """The weight sets of the catalogue, sorted."""
+    return sorted(path.stem for path in (CATALOG / "weights").glob("*.yaml"))
+
+
+@cache
+def weight_set(name: str) -> WeightSet:
+    """A weight set by its name, or by the path of an own file in the catalogue's format.
+
+    Raises UsageError for a name that is not there, FleetError for an invalid entry.
+    """
+    own = Path(name)
+    if own.suffix == ".yaml" and own.is_file():
+        return _load(WeightSet, own)
+    if name not in weight_sets():
+        near = difflib.get_close_matches(name, weight_sets(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"no weight set {name!r}: {hint}./fleet weights list shows all")
+    return _load(WeightSet, CATALOG / "weights" / f"{name}.yaml")
 
 
 @cache

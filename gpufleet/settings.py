@@ -171,7 +171,21 @@ class PythonEnv(_Model):
 class Weights(_Model):
     source: str | None = None
     """Folder on the operator's machine that holds the model's files. Unset: the catalogue's own
-    folder in the checkout (only pico has one)."""
+    folder in the checkout (only pico has one), else the store of `fleet weights fetch`."""
+
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where `fleet weights fetch` looks first, of a set's sources."""
+
+    via: Literal["auto", "rsync", "swarm"] = "auto"
+    """How files travel to the hosts: `rsync` from this machine to each, or `swarm`: the hosts
+    exchange pieces among themselves; `auto` chooses by size, number of hosts and whether they
+    reach each other."""
+
+    at_once: Annotated[int, Field(ge=0, le=10000)] = 0
+    """Hosts that rsync sends to at a time; 0 is all."""
+
+    keep: Annotated[int, Field(ge=0, le=100)] = 1
+    """Older versions that stay on a host once the demo is healthy on the new one."""
 
     bandwidth_kib: Annotated[int, Field(ge=0)] = 0
     """Upload limit a host in KiB/s; 0 is none."""

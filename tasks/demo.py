@@ -13,6 +13,7 @@ from gpufleet.errors import FleetError
 from gpufleet.managed import operations as managed
 from gpufleet.python_env import operations as environments
 from gpufleet.python_env.conda import digests
+from gpufleet.weights import local as weights
 from gpufleet.weights.plan import manifest_digest
 from tasks import current
 
@@ -30,7 +31,7 @@ def demo() -> None:
             model,
             environment=kept[0],
             application=app.digest,
-            manifest=manifest_digest(model.files),
+            manifest=manifest_digest(weights.files(settings, model)),
             config=digest(*(file.content for file in files(settings, model))),
         )
     except FleetError as error:

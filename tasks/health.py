@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pyinfra.api import deploy
+from pyinfra import host
+from pyinfra.api import DeployError, deploy
 
 from gpufleet.demo import operations
 from gpufleet.demo.plan import address
+from gpufleet.errors import FleetError
 from tasks import current
 
 
@@ -13,7 +15,10 @@ from tasks import current
 def health() -> None:
     """Ask the demo about the catalogue's picture, on the host itself."""
     settings, model = current()
-    question = model.health
+    try:
+        question = model.question
+    except FleetError as error:
+        raise DeployError(f"{host.name}: {error}") from None
     operations.answers(
         name="Ask the demo",
         address=address(settings),

@@ -56,6 +56,8 @@ def _check(one: Host) -> list[str]:
         check_mirrors(settings.mirrors, catalog.mirrors())
     except FleetError as error:
         noted(error)
+    if selected("demo") and not model.served:
+        noted(FleetError(catalog.NOT_SERVED.format(title=model.title)))
     try:
         found += check_source(settings, model)
     except FleetError as error:

@@ -7,7 +7,7 @@ from pyinfra.api import DeployError, deploy
 
 from gpufleet.errors import FleetError
 from gpufleet.weights import operations
-from gpufleet.weights.local import source
+from gpufleet.weights.local import files, source
 from tasks import current
 
 
@@ -16,14 +16,14 @@ def weights() -> None:
     """Send what is missing or differs, and verify it on the host."""
     settings, model = current()
     try:
-        folder = source(settings, model)
+        folder, wanted = source(settings, model), files(settings, model)
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
     operations.synced(
         name=f"Bring the files of {settings.model}",
         folder=f"{settings.root}/weights/{settings.model}",
         incoming=f"{settings.root}/incoming/weights-{settings.model}",
-        files=model.files,
+        files=wanted,
         source=folder,
         bandwidth_kib=settings.weights.bandwidth_kib,
     )

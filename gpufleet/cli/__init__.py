@@ -47,6 +47,7 @@ def _register() -> None:
         status,
         test,
         tunnel,
+        weights,
     )
 
     app.command("demo")(demo.demo)
@@ -59,6 +60,7 @@ def _register() -> None:
     app.command("logs")(logs.logs)
     app.add_typer(lab.app, name="lab")
     app.add_typer(mirrors.app, name="mirrors")
+    app.add_typer(weights.app, name="weights")
     app.command("test")(test.run_tests)
 
 

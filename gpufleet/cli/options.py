@@ -23,5 +23,16 @@ Only = Annotated[
         metavar="CONCERN", help="Only these concerns (and preflight); commas, or repeat it."
     ),
 ]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[NAME]...",
+        help="Models or weight sets of the catalogue, or a set's own .yaml file.",
+    ),
+]
+Store = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder of the weights; default: the store in your home."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show pyinfra's own output.")]

@@ -14,10 +14,10 @@ from gpufleet.settings import Settings
 def files(settings: Settings, model: Model) -> tuple[ManagedFile, ManagedFile]:
     """minigpt4.yaml and minigpt4_eval.yaml for this host, rendered and parsed back.
 
-    Raises FleetError if a value did not survive the template.
+    Raises FleetError if a value did not survive the template, or the model is not served.
     """
     weights = settings.root / "weights" / settings.model
-    parts = model.minigpt4
+    parts = model.parts
     paths = {
         "vit_path": str(weights / parts.vit_file),
         "qformer_path": str(weights / parts.qformer_file),

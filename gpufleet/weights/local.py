@@ -10,30 +10,44 @@ from pathlib import Path
 
 import platformdirs
 
-from gpufleet import ROOT
+from gpufleet import ROOT, catalog
 from gpufleet.catalog import Model, WeightFile
-from gpufleet.errors import FleetError
 from gpufleet.settings import Settings
+from gpufleet.weights import store
+from gpufleet.weights.store import Store
 
 _BLOCK = 1 << 22
 
 
 def source(settings: Settings, model: Model) -> Path:
-    """The folder that holds the model's files. Raises FleetError if none is configured."""
+    """The folder that holds the model's files: the setting's, the checkout's or the store."""
     if settings.weights.source is not None:
         return Path(settings.weights.source).expanduser()
-    if model.weights_in_checkout is not None:
-        return ROOT / model.weights_in_checkout
-    raise FleetError(f"model {settings.model}: set weights.source to the folder with its files")
+    inside = {catalog.weight_set(name).in_checkout for name in model.weights}
+    if len(inside) == 1 and (own := inside.pop()) is not None:
+        return ROOT / own
+    return store.default()
+
+
+def files(settings: Settings, model: Model) -> tuple[WeightFile, ...]:
+    """Every file that a host needs for the model; paths are below `source`.
+
+    Raises FleetError, one line, where the catalogue does not know a file and nothing was learnt.
+    """
+    return store.files(model.weights, Store(source(settings, model)))
 
 
 def check_source(settings: Settings, model: Model) -> list[str]:
     """Everything that is wrong with the model's files on this machine, a line a file."""
     folder = source(settings, model)
     if not folder.is_dir():
-        return [f"weights.source: no folder {folder}: fetch the model's files into it"]
+        return [f"weights.source: no folder {folder}: ./fleet weights fetch {settings.model}"]
     with _Digests() as digests:
-        return [problem for file in model.files if (problem := _problem(folder, file, digests))]
+        return [
+            problem
+            for file in files(settings, model)
+            if (problem := _problem(folder, file, digests))
+        ]
 
 
 def _problem(folder: Path, file: WeightFile, digests: _Digests) -> str | None:

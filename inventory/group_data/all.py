@@ -112,8 +112,18 @@ python_env = {
 
 weights = {
     # Folder on this machine with the model's files. None: the catalogue's own folder in the
-    # checkout (only pico has one).
+    # checkout (only pico has one), else the store of `fleet weights fetch`.
     "source": None,
+    # Where `fleet weights fetch` looks first, of a set's sources: huggingface or modelscope.
+    "hub": "huggingface",
+    # How files travel to the hosts: `rsync` from this machine to each, or `swarm`: the hosts
+    # exchange pieces among themselves. `auto` chooses by size, number of hosts and whether they
+    # reach each other.
+    "via": "auto",
+    # Hosts that rsync sends to at a time; 0 is all.
+    "at_once": 0,
+    # Older versions that stay on a host once the demo is healthy on the new one.
+    "keep": 1,
     # Upload limit a host in KiB/s; 0 is none.
     "bandwidth_kib": 0,
 }

@@ -11,6 +11,10 @@ import pytest
 from fleets import ROOT, UNIT, Fleet, Host, fleet, ok, run
 from modeldemo.pico import pictures
 
+from gpufleet import catalog
+from gpufleet.settings import Settings
+from gpufleet.weights import local
+
 CONCERNS = ["base", "python_env", "weights", "config", "demo"]
 
 #: Answers every question with the catalogue's health answer, as fast and as well-formed as the
@@ -159,9 +163,7 @@ def health_answer() -> str:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_weights_on_the_host_are_those_of_the_catalogue(deployed: Fleet, number: int) -> None:
-    import yaml
-
-    catalogue = yaml.safe_load((ROOT / "catalog" / "models" / "pico.yaml").read_text())
+    files = local.files(Settings(), catalog.model("pico"))
     host = deployed.hosts[number]
     sums = dict(
         reversed(line.split("  ", 1))
@@ -170,4 +172,4 @@ def test_weights_on_the_host_are_those_of_the_catalogue(deployed: Fleet, number:
             "-printf '%P\\0' | xargs -0 sha256sum"
         ).splitlines()
     )
-    assert sums == {file["path"]: file["sha256"] for file in catalogue["files"]}
+    assert sums == {file.path: file.sha256 for file in files}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gpufleet.catalog import Model
 from gpufleet.settings import Settings, parse
@@ -53,10 +54,23 @@ def sh() -> Shell:
 
 
 @pytest.fixture
-def model_data() -> dict[str, Any]:
+def model_data(tmp_path: Path) -> dict[str, Any]:
     """A catalogue entry as it is written in YAML."""
-    return {
+    small = {
         "schema": 1,
+        "title": "all files of the small model",
+        "kind": "llama",
+        "sources": [{"huggingface": "somebody/small"}],
+        "evidence": {"source": "this test", "seen": "2026-11-21", "state": "verified"},
+        "files": [
+            {"path": path, "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+            for path, text in CONTENTS.items()
+        ],
+    }
+    own = tmp_path / "small-set.yaml"
+    own.write_text(yaml.safe_dump(small), "utf-8")
+    return {
+        "schema": 2,
         "title": "a small model",
         "system": "mini_gpt4",
         "accelerators": ["cpu", "cuda"],
@@ -78,10 +92,7 @@ def model_data() -> dict[str, Any]:
             "projection_file": "projection.pth",
         },
         "health": {"picture": "health.png", "question": "How many?", "answer": "Two."},
-        "files": [
-            {"path": path, "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-            for path, text in CONTENTS.items()
-        ],
+        "weights": [str(own)],
     }
 
 

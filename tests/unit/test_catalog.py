@@ -11,11 +11,13 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from conftest import CONTENTS
 
 from gpufleet import ROOT, catalog
-from gpufleet.catalog import SERVICES, Model, Provider
+from gpufleet.catalog import SERVICES, Model, Provider, WeightFile, WeightSource
 from gpufleet.errors import FleetError, UsageError
-from gpufleet.weights import manifest
+from gpufleet.settings import Settings
+from gpufleet.weights import local, manifest
 
 SITES = catalog.mirrors().sites
 
@@ -52,32 +54,82 @@ class TestEveryModel:
 
     def test_its_parts_and_its_picture_are_among_its_files(self, name: str):
         model = catalog.model(name)
-        paths = {file.path for file in model.files}
-        parts = model.minigpt4
-        assert {parts.vit_file, parts.qformer_file, parts.projection_file} <= paths
-        assert model.health.picture in paths
-        assert any(path.startswith(f"{parts.llama_dir}/") for path in paths)
-        assert len(paths) == len(model.files)
-
-    def test_its_manifest_is_what_lies_in_the_checkout(self, name: str):
-        model = catalog.model(name)
-        if model.weights_in_checkout is None:
+        if not model.served:
             return
-        folder = ROOT / model.weights_in_checkout
-        assert folder.is_dir(), f"{folder} is missing"
-        assert sorted(model.files, key=lambda f: f.path) == manifest.of(folder)
+        paths = [file.path for file in local.files(Settings(model=name), model)]
+        parts = model.parts
+        assert {parts.vit_file, parts.qformer_file, parts.projection_file} <= set(paths)
+        assert model.question.picture in paths
+        assert any(path.startswith(f"{parts.llama_dir}/") for path in paths)
+        assert len(set(paths)) == len(paths)
+
+    def test_its_weight_sets_are_in_the_catalogue(self, name: str):
+        assert set(catalog.model(name).weights) <= set(catalog.weight_sets())
 
     def test_the_disk_that_it_asks_for_holds_its_files(self, name: str):
         model = catalog.model(name)
-        assert model.needs.disk_mib * 2**20 > model.total_bytes
+        sets = [catalog.weight_set(one) for one in model.weights]
+        known = sum(file.bytes or 0 for one in sets for file in one.files)
+        assert model.needs.disk_mib * 2**20 > known
 
 
-def test_the_manifest_of_a_folder_is_every_file_but_its_readme(weights: Path, model: Model):
+@pytest.mark.parametrize("name", catalog.weight_sets())
+class TestEveryWeightSet:
+    def test_its_entry_loads_and_names_where_it_is_known_from(self, name: str):
+        evidence = catalog.weight_set(name).evidence
+        assert evidence.source
+        assert dt.date(2026, 1, 1) <= dt.date.fromisoformat(evidence.seen)
+
+    def test_the_sets_that_it_names_are_there(self, name: str):
+        weights = catalog.weight_set(name)
+        named = set(weights.pairs)
+        if weights.made:
+            named |= {weights.made.base, weights.made.delta}
+        assert named <= set(catalog.weight_sets())
+
+    def test_a_merged_set_fits_what_it_is_made_of(self, name: str):
+        weights = catalog.weight_set(name)
+        if weights.made is None:
+            return
+        base = catalog.weight_set(weights.made.base)
+        delta = catalog.weight_set(weights.made.delta)
+        assert weights.hidden_size == base.hidden_size == delta.hidden_size
+        assert weights.vocabulary == delta.vocabulary
+        assert base.vocabulary is not None
+        assert delta.vocabulary == base.vocabulary + (weights.made.version == "v0")
+
+
+def test_the_weight_sets_in_the_checkout_are_all_that_lies_there():
+    sets = [catalog.weight_set(name) for name in catalog.weight_sets()]
+    inside = [one for one in sets if one.in_checkout is not None]
+    (folder,) = {one.in_checkout for one in inside}
+    listed = [
+        WeightFile(path=one.place(file.path), bytes=file.bytes or -1, sha256=file.sha256 or "")
+        for one in inside
+        for file in one.files
+    ]
+    assert sorted(listed, key=lambda f: f.path) == manifest.of(ROOT / folder)
+
+
+def test_the_manifest_of_a_folder_is_every_file_but_its_readme(weights: Path):
     (weights / "README.md").write_text("where these come from\n")
     (weights / "an empty folder").mkdir()
-    assert manifest.of(weights) == sorted(model.files, key=lambda f: f.path)
-    (weights / "llama" / "more.bin").write_bytes(b"1")
-    assert [f.path for f in manifest.of(weights) if f not in model.files] == ["llama/more.bin"]
+    assert [(f.path, f.bytes) for f in manifest.of(weights)] == sorted(
+        (path, len(text)) for path, text in CONTENTS.items()
+    )
+
+
+def test_an_unknown_weight_set_lists_its_nearest():
+    with pytest.raises(UsageError) as error:
+        catalog.weight_set("vicuna-7b-v0.0")
+    assert "did you mean vicuna-7b-v0?" in one_line(error)
+
+
+def test_a_set_with_two_places_in_one_source_is_refused():
+    with pytest.raises(ValueError, match="exactly one of"):
+        WeightSource(huggingface="a/b", url="https://c/d")
+    with pytest.raises(ValueError, match="exactly one of"):
+        WeightSource()
 
 
 def test_an_unknown_model_lists_the_choices(copy: Path):
@@ -196,8 +248,8 @@ def test_the_unspoilt_copy_loads(copy: Path, model: Model):
     [
         (lambda d: d.update(titel="x"), "titel"),
         (lambda d: d.pop("title"), "title"),
-        (lambda d: d.update(schema=2), "schema"),
-        (lambda d: d.update(system="starchat"), "system"),
+        (lambda d: d.update(schema=1), "schema"),
+        (lambda d: d.update(system="startchat"), "system"),
         (lambda d: d["needs"].update(disk_mib=0), "needs.disk_mib"),
         (lambda d: d["needs"].update(gpu_mib=1), "needs.gpu_mib"),
         (lambda d: d["accelerators"].append("tpu"), "accelerators.2"),
@@ -205,20 +257,48 @@ def test_the_unspoilt_copy_loads(copy: Path, model: Model):
         (lambda d: d["minigpt4"].update(vit_file="/etc/passwd"), "minigpt4.vit_file"),
         (lambda d: d["minigpt4"]["vit"].update(width="wide"), "minigpt4.vit.width"),
         (lambda d: d["health"].pop("answer"), "health.answer"),
-        (lambda d: d["files"][0].update(path="../x"), "files.0.path"),
-        (lambda d: d["files"][0].update(path="-rf"), "files.0.path"),
-        (lambda d: d["files"][0].update(path="a//b"), "files.0.path"),
-        (lambda d: d["files"][0].update(path="a\nb"), "files.0.path"),
-        (lambda d: d["files"][0].update(path="a\tb"), "files.0.path"),
-        (lambda d: d["files"][1].update(bytes=-1), "files.1.bytes"),
-        (lambda d: d["files"][1].update(sha256="abc"), "files.1.sha256"),
-        (lambda d: d["files"][1].update(sha256="A" * 64), "files.1.sha256"),
-        (lambda d: d["files"].clear(), "files"),
+        (lambda d: d["weights"].clear(), "weights"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_wrong_model_entry_is_refused_naming_file_and_key(copy: Path, change: Any, key: str):
     assert f"{key}: " in broken(copy, change)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda d: d["files"][0].update(path="../x"), "files.0.path: "),
+        (lambda d: d["files"][0].update(path="-rf"), "files.0.path: "),
+        (lambda d: d["files"][0].update(path="a//b"), "files.0.path: "),
+        (lambda d: d["files"][0].update(path="a\nb"), "files.0.path: "),
+        (lambda d: d["files"][0].update(path="a\tb"), "files.0.path: "),
+        (lambda d: d["files"][1].update(bytes=-1), "files.1.bytes: "),
+        (lambda d: d["files"][1].update(sha256="abc"), "files.1.sha256: "),
+        (lambda d: d["files"][1].update(sha256="A" * 64), "files.1.sha256: "),
+        (lambda d: d["files"][1].update(sha265="a" * 64), "(did you mean sha256?)"),
+        (lambda d: d["files"].append(d["files"][0]), "names a file twice"),
+        (lambda d: d["files"].clear(), "neither files nor include"),
+        (lambda d: d["sources"].clear(), "neither sources nor made"),
+        (lambda d: d["sources"][0].update(huggingface="nobody"), "sources.0.huggingface: "),
+        (lambda d: d["sources"][0].update(url="https://x.example/"), "exactly one of"),
+        (lambda d: d["sources"][0].update(revision="main"), "sources.0.revision: "),
+        (lambda d: d.update(folder="/abs"), "folder"),
+        (lambda d: d.update(made={"base": "a", "delta": "b", "version": "v2"}), "made.version: "),
+    ],
+)
+def test_a_wrong_weight_set_is_refused_naming_file_and_key(
+    model: Model, tmp_path: Path, change: Any, key: str
+):
+    data = yaml.safe_load(Path(model.weights[0]).read_text("utf-8"))
+    path = tmp_path / "spoilt.yaml"
+    change(data)
+    path.write_text(yaml.safe_dump(data), "utf-8")
+    with pytest.raises(FleetError) as error:
+        catalog.weight_set(str(path))
+    message = one_line(error)
+    assert message.startswith(f"{path}: ")
+    assert key in message
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,18 @@ def test_a_value_that_does_not_survive_the_template_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", catalog.names())
-def test_every_model_of_the_catalogue_renders(name: str):
+SERVED = [name for name in catalog.names() if catalog.model(name).served]
+
+
+@pytest.mark.parametrize("name", sorted(set(catalog.names()) - set(SERVED)))
+def test_a_model_without_a_demo_is_refused_in_one_line(name: str):
+    with pytest.raises(FleetError) as error:
+        files(parse({"model": name}, "host"), catalog.model(name))
+    assert str(error.value) == catalog.NOT_SERVED.format(title=catalog.model(name).title)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_model_that_is_served_renders(name: str):
     settings = parse({"model": name}, "host")
     config, evaluation = files(settings, catalog.model(name))
     both = {**yaml.safe_load(config.content), **yaml.safe_load(evaluation.content)}

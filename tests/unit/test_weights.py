@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
-from gpufleet import ROOT
+from gpufleet import ROOT, catalog
 from gpufleet.catalog import Model, WeightFile
-from gpufleet.errors import FleetError
 from gpufleet.settings import Settings, parse
 from gpufleet.shell import script
 from gpufleet.weights import operations
@@ -75,25 +75,24 @@ class TestTheFolderOnTheOperatorsMachine:
         settings = parse({"weights": {"source": "~/w"}}, "host")
         assert source(settings, model) == Path.home() / "w"
 
-    def test_the_catalogues_own_is_in_the_checkout(self, model: Model):
-        own = model.model_copy(update={"weights_in_checkout": "files/weights/x"})
-        assert source(Settings(), own) == ROOT / "files" / "weights" / "x"
+    def test_the_catalogues_own_is_in_the_checkout(self):
+        pico = catalog.model("pico")
+        assert source(Settings(), pico) == ROOT / "files" / "weights" / "pico"
 
-    def test_the_settings_win_over_the_catalogue(
-        self, settings: Settings, model: Model, weights: Path
+    def test_the_settings_win_over_the_catalogue(self, settings: Settings, weights: Path):
+        assert source(settings, catalog.model("pico")) == weights
+
+    def test_without_either_it_is_the_store(
+        self, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        own = model.model_copy(update={"weights_in_checkout": "files/weights/x"})
-        assert source(settings, own) == weights
-
-    def test_without_either_one_line_says_what_to_set(self, model: Model):
-        with pytest.raises(FleetError, match=r"^model pico: set weights\.source to the folder"):
-            source(Settings(), model)
+        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+        assert source(Settings(), model) == tmp_path / "gpufleet" / "weights"
 
     def test_a_folder_that_is_not_there_is_said_in_one_line(self, model: Model, tmp_path: Path):
         settings = parse({"weights": {"source": str(tmp_path / "none")}}, "host")
         (line,) = check_source(settings, model)
         assert line == (
-            f"weights.source: no folder {tmp_path / 'none'}: fetch the model's files into it"
+            f"weights.source: no folder {tmp_path / 'none'}: ./fleet weights fetch {settings.model}"
         )
 
 
@@ -138,14 +137,17 @@ class TestTheOperatorsFiles:
         )
 
     def test_a_file_that_cannot_be_read_is_named_with_the_reason(
-        self, settings: Settings, model: Model, weights: Path
+        self, settings: Settings, model: Model, weights: Path, tmp_path: Path
     ):
         """This process's memory looks like an empty file, and reading its page 0 fails."""
         path = weights / "vit.pth"
         path.unlink()
         path.symlink_to("/proc/self/mem")
-        empty = WeightFile(path="vit.pth", bytes=0, sha256=digest(b""))
-        (line,) = check_source(settings, model.model_copy(update={"files": (empty,)}))
+        own = tmp_path / "empty.yaml"
+        data = yaml.safe_load(Path(model.weights[0]).read_text("utf-8"))
+        data["files"] = [{"path": "vit.pth", "bytes": 0, "sha256": digest(b"")}]
+        own.write_text(yaml.safe_dump(data))
+        (line,) = check_source(settings, model.model_copy(update={"weights": (str(own),)}))
         assert line == (
             f"weight file {path}: Input/output error: check its permissions and the disk"
         )

@@ -1,0 +1,16 @@
+"""fleet weights: what models are made of: what is there, fetch it, merge it, bring it to hosts."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    help="The models' files: what is there, and bringing them here and to the hosts.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def weights() -> None:
+    """The models' files: what is there, and bringing them here and to the hosts."""
