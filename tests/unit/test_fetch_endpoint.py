@@ -95,6 +95,7 @@ def test_an_inventory_whose_hosts_differ_is_refused(tmp_path: Path):
     inventory.write_text("hosts = ['10.0.0.1', ('10.0.0.2', {'weights': {'hub': 'modelscope'}})]\n")
     with pytest.raises(UsageError, match="its hosts differ in mirrors or weights"):
         operator.read(inventory)
+    assert operator.read(inventory, ["10.0.0.2"])[1].hub == "modelscope"
 
 
 def test_an_inventory_that_is_not_there_is_one_line(tmp_path: Path):

@@ -77,6 +77,7 @@ def fetch(
             help="Its settings say mirror, hub and store.",
         ),
     ] = None,
+    limit: options.Limit = None,
     parts: Annotated[
         bool,
         typer.Option("--parts", help="Of a merged set fetch base and delta, to merge them here."),
@@ -108,7 +109,7 @@ def fetch(
     if not names:
         raise UsageError("fleet weights fetch: name a model or a weight set; ./fleet weights list")
     sets = run.sets_of(names, parts)
-    mirrors, weights = operator.read(inventory) if inventory else (None, Weights())
+    mirrors, weights = operator.read(inventory, limit or ()) if inventory else (None, Weights())
     root = store or (Path(weights.source).expanduser() if weights.source else stores.default())
     chosen = run.Options(
         stores.Store(root.absolute()),
