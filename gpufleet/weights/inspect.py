@@ -391,7 +391,7 @@ def _old_tokenizer(folder: Path) -> list[Found]:
 
 
 def pair(store: Path, parts: Mapping[str, WeightSet]) -> list[str]:
-    """What is wrong between the sets of one model, by the files themselves; a line each.
+    """What is wrong between the sets of one model, by the catalogue and the files; a line each.
 
     The projection's rows must be the language model's hidden size, as in upstream's
     ``size mismatch for llama_proj.weight``.
@@ -412,7 +412,15 @@ def pair(store: Path, parts: Mapping[str, WeightSet]) -> list[str]:
                     continue
                 if tensor is not None:
                     rows[name] = tensor.shape[0]
-    return [
+    apart = [
+        f"{name} was trained with {' or '.join(weights.pairs)}, not with {other}: with it the "
+        "answers would be garbage: take the one that it was trained with"
+        for name, weights in parts.items()
+        for other, language in parts.items()
+        if weights.kind == "projection" and weights.pairs and language.kind == "llama"
+        if other not in weights.pairs
+    ]
+    return apart + [
         f"{one} ({_sized(size)}) does not fit {other} ({_sized(rows[other])}): "
         "take the projection and the language model of one size"
         for other in rows

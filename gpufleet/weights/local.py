@@ -37,7 +37,9 @@ def check_source(settings: Settings, model: Model) -> list[str]:
     folder = source(settings, model)
     if not folder.is_dir():
         return [f"weights.source: no folder {folder}: ./fleet weights fetch {settings.model}"]
-    found = stock.verify([(name, Store(folder)) for name in model.weights], learn=False).problems()
+    sets = [(name, Store(folder)) for name in model.weights]
+    models = {settings.model: model.weights}
+    found = stock.verify(sets, learn=False, models=models).problems()
     if not found:
         files(settings, model)
     return found

@@ -252,13 +252,14 @@ def verify(
     *,
     deep: bool = False,
     learn: bool = True,
-    models: Iterable[str] = (),
+    models: Mapping[str, Sequence[str]] | None = None,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Verified:
     """Hash and inspect sets, and learn what the catalogue does not know of those that are right.
 
-    Files that were hashed before and have not changed are read again only if `deep`. `models` are
-    those whose sets are held against each other. Raises as `look` does.
+    Files that were hashed before and have not changed are read again only if `deep`. `models`,
+    each with the names of its sets, are those whose sets are held against each other. Raises as
+    `look` does.
     """
     digests = Digests()
     stocks = [look(name, where, digests) for name, where in sets]
@@ -269,8 +270,7 @@ def verify(
     if learn:
         checked = [_learn(one, sums) for one in checked]
     pairs: list[str] = []
-    for name in models:
-        own = set(catalog.model(name).weights)
+    for name, own in (models or {}).items():
         for root in dict.fromkeys(one.root for one in checked):
             parts = {s.name: s.weights for s in checked if s.name in own and s.root == root}
             pairs += [f"model {name}: {line}" for line in inspect.pair(root, parts)]
@@ -337,13 +337,14 @@ def _flaw(path: Path, file: File, said: str, names: Mapping[str, str]) -> Flaw |
 
 def _together(stock: Stock) -> Stock:
     """Add what is wrong between the files; what the catalogue's hash proves right stays right."""
-    whole = [file.path for file in stock.files if file.state in _WHOLE]
-    found = inspect.together(stock.folder, stock.name, stock.weights, whole) if whole else []
-    flaws = {one.path: one.flaw for one in reversed(found)}
+    whole = [file for file in stock.files if file.state in _WHOLE]
+    proven = {f.path for f in whole if f.known == "catalogue" and f.state == "verified"}
+    paths = [file.path for file in whole]
+    doubtful = set(paths) - proven
+    found = inspect.together(stock.folder, stock.name, stock.weights, paths) if doubtful else []
+    flaws = {one.path: one.flaw for one in reversed(found) if one.path in doubtful}
     files = [
-        replace(file, state="wrong", flaw=flaws[file.path])
-        if file.path in flaws and not (file.known == "catalogue" and file.state == "verified")
-        else file
+        replace(file, state="wrong", flaw=flaws[file.path]) if file.path in flaws else file
         for file in stock.files
     ]
     return replace(stock, files=tuple(files))

@@ -409,3 +409,10 @@ def test_a_projection_and_a_language_model_that_do_not_fit_are_told_of_in_one_li
         "vicuna-pico (hidden size 4096, 7B) does not fit minigpt4-pico (hidden size 128): "
         "take the projection and the language model of one size"
     ]
+
+
+def test_a_projection_with_a_language_model_that_it_was_not_trained_with_is_told_of(tmp_path: Path):
+    """Both have the same sizes: v0 and v1.1 of Vicuna."""
+    parts = {name: catalog.weight_set(name) for name in ("vicuna-7b-v1.1", "minigpt4-7b")}
+    (line,) = inspect.pair(tmp_path, parts)
+    assert line.startswith("minigpt4-7b was trained with vicuna-7b-v0, not with vicuna-7b-v1.1: ")

@@ -93,7 +93,7 @@ def states(store: Path, name: str) -> dict[str, str]:
 
 class TestVerify:
     def test_the_real_files_are_right(self, store: Path):
-        assert verified(store, *MODEL, models=["pico"]).problems() == []
+        assert verified(store, *MODEL, models={"pico": MODEL}).problems() == []
 
     def test_what_was_verified_counts_as_that_until_it_changes(self, store: Path):
         assert set(states(store, "vicuna-pico").values()) == {"here"}
@@ -169,7 +169,7 @@ class TestVerify:
     def test_a_projection_that_does_not_fit_is_a_problem_of_the_model(self, store: Path):
         path = store / "vicuna-pico" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": 4096}))
-        assert verified(store, *MODEL, models=["pico"]).pairs == [
+        assert verified(store, *MODEL, models={"pico": MODEL}).pairs == [
             "model pico: vicuna-pico (hidden size 4096, 7B) does not fit minigpt4-pico "
             "(hidden size 128): take the projection and the language model of one size"
         ]
@@ -267,6 +267,14 @@ class TestTheCommand:
         assert "./fleet weights merge vicuna-7b-v0 or ./fleet weights fetch" in rows["vicuna-7b-v0"]
         assert " missing " in rows["vicuna-7b-v0"]
         assert " 9/9 " in rows["vicuna-pico"]
+
+    def test_a_set_that_is_to_be_merged_brings_what_it_is_made_of(
+        self, fleet: Fleet, tmp_path: Path, store: Path
+    ):
+        names = [one["name"] for one in fleet.json("list", "vicuna-7b-v0")["sets"]]
+        assert names == ["vicuna-7b-v0", "llama-7b-hf", "vicuna-7b-delta-v0"]
+        whole = fleet.json("list", "vicuna-pico", "--store", store)["sets"]
+        assert [one["name"] for one in whole] == ["vicuna-pico"]
 
     def test_verify_then_list_says_verified(self, fleet: Fleet, store: Path):
         done = fleet("verify", "pico", "--store", store)

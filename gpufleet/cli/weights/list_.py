@@ -40,6 +40,7 @@ def list_sets(
 ) -> None:
     """Show what of the models' files is on this machine and what to do for the rest.
 
+    With a set that is to be merged come the two that it is made of, as long as it is not there.
     Looks at names and sizes only; what `verify` hashed before and has not changed since counts as
     verified. Without NAME: all of the catalogue.
     """
@@ -50,6 +51,11 @@ def list_sets(
 
     digests = Digests()
     stocks = [stock.look(name, where, digests) for name, where in chosen(names, store)]
+    for one in [one for one in stocks if one.state in ("missing", "partial", "wrong")]:
+        made = one.weights.made
+        for name in (made.base, made.delta) if made else ():
+            if all(other.name != name for other in stocks):
+                stocks.append(stock.look(name, stock.place(name, store), digests))
     by_name = {one.name: one for one in stocks}
     models = {
         name: catalog.model(name)
@@ -78,10 +84,7 @@ def list_sets(
 
 
 def chosen(names: list[str] | None, store: Path | None) -> list[tuple[str, Store]]:
-    """The sets that are meant, each with the store to look in; without names, all.
-
-    A made set brings what it is made of, as long as it is not there itself.
-    """
+    """The sets that are meant, each with the store to look in; without names, all."""
     from gpufleet import catalog
     from gpufleet.weights import stock
     from gpufleet.weights.store import sets

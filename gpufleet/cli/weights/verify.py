@@ -57,7 +57,8 @@ def verify(
     if names is None:
         digests = Digests()
         sets = [(n, at) for n, at in sets if stock.look(n, at, digests).state != "missing"]
-    models = catalog.names() if names is None else [n for n in names if n in catalog.names()]
+    named = [name for name in catalog.names() if names is None or name in names]
+    models = {name: catalog.model(name).weights for name in named}
     begun, read = time.monotonic(), 0
     with _watching(as_json) as show:
 
