@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Literal
 
 import gevent
 import platformdirs
@@ -56,8 +57,9 @@ class Digests:
     use them at once. What was remembered is lost without harm.
     """
 
-    def __init__(self) -> None:
-        self._folder = platformdirs.user_cache_path("gpufleet") / "sha256"
+    def __init__(self, algorithm: Literal["sha256", "md5"] = "sha256") -> None:
+        self._algorithm = algorithm
+        self._folder = platformdirs.user_cache_path("gpufleet") / algorithm
 
     def known(self, path: Path) -> str | None:
         """The digest of a file that has not changed since it was computed, else None.
@@ -72,9 +74,9 @@ class Digests:
         whole = isinstance(remembered, list) and len(remembered) == len(now) + 1
         return str(remembered[-1]) if whole and remembered[:-1] == now else None
 
-    def remember(self, path: Path, sha256: str) -> None:
+    def remember(self, path: Path, digest: str) -> None:
         """Take note of a digest that somebody computed of the file as it is now."""
-        self._keep(path, _identity(path), sha256)
+        self._keep(path, _identity(path), digest)
 
     def of(
         self,
@@ -119,7 +121,7 @@ class Digests:
                 if known is not None:
                     read[path], found[path] = sizes[path], known
                     return
-                identity, found[path] = _hash(path, read, stopped)
+                identity, found[path] = _hash(path, self._algorithm, read, stopped)
                 self._keep(path, identity, str(found[path]))
             except OSError as error:
                 found[path] = error
@@ -145,12 +147,12 @@ class Digests:
         name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
         return self._folder / f"{name}.json"
 
-    def _keep(self, path: Path, identity: list[object], sha256: str) -> None:
+    def _keep(self, path: Path, identity: list[object], digest: str) -> None:
         place = self._place(path)
         aside = place.with_suffix(f".{os.getpid()}.{id(identity):x}")
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps([*identity, sha256]), "utf-8")
+            aside.write_text(json.dumps([*identity, digest]), "utf-8")
             aside.replace(place)
 
 
@@ -165,13 +167,15 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _hash(path: Path, read: dict[Path, int], stopped: list[bool]) -> tuple[list[object], str]:
+def _hash(
+    path: Path, algorithm: str, read: dict[Path, int], stopped: list[bool]
+) -> tuple[list[object], str]:
     """What the file was while it was read, and its digest. Raises OSError."""
     kind = path.stat().st_mode
     if not stat.S_ISREG(kind):
         code = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
         raise OSError(code, os.strerror(code), str(path))
-    identity, hasher = _identity(path), hashlib.sha256()
+    identity, hasher = _identity(path), hashlib.new(algorithm, usedforsecurity=False)
     block = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as stream, _PageCache(stream) as cache:
         while size := stream.readinto(block):

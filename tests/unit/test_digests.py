@@ -231,7 +231,7 @@ print(len(read), len(turns))
 def test_hosts_that_are_checked_side_by_side_read_once_and_do_not_stop_each_other(tmp_path: Path):
     paths = [tmp_path / name for name in ("one", "two", "three")]
     for path in paths:
-        path.write_bytes(os.urandom(20 << 20))
+        path.write_bytes(os.urandom(8 << 20))
     done = subprocess.run(
         [sys.executable, "-c", _PATCHED, *paths],
         cwd=ROOT,
@@ -241,7 +241,7 @@ def test_hosts_that_are_checked_side_by_side_read_once_and_do_not_stop_each_othe
     )
     read, turns = map(int, done.stdout.split())
     assert read == 3
-    assert turns > 5
+    assert turns > 2
 
 
 def test_ctrl_c_ends_it_at_once(tmp_path: Path):
