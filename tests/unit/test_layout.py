@@ -26,6 +26,7 @@ PURE = {
     "conda.py",
     "doctor.py",
     "files.py",
+    "fixes.py",
     "forecast.py",
     "grub.py",
     "heal.py",
@@ -101,7 +102,7 @@ class TestConcerns:
         assert [name for name in imports(path) if name.startswith(above)] == []
 
     def test_use_only_the_decisions_or_the_facts_of_another_concern(self, path: Path):
-        own = path.parent.name
+        own = path.relative_to(ROOT / "gpufleet").parts[0]
         for name in imports(path):
             parts = name.split(".")
             if parts[0] == "gpufleet" and parts[1:2] and parts[1] in CONCERNS - {own}:

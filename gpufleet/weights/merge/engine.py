@@ -198,7 +198,7 @@ def _free(output: Path, needed: int) -> None:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def run(prepared: Prepared, report: Callable[[Progress], None]) -> Result:
