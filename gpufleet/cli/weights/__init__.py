@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from gpufleet.cli.weights import fetch, list_, verify
+from gpufleet.cli.weights import fetch, list_, merge, verify
 
 app = typer.Typer(
     help="The models' files: what is there, and bringing them here and to the hosts.",
@@ -21,3 +21,4 @@ def weights() -> None:
 app.command("list")(list_.list_sets)
 app.command("verify")(verify.verify)
 app.command("fetch")(fetch.fetch)
+app.command("merge")(merge.merge)
