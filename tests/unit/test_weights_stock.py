@@ -160,6 +160,7 @@ class TestVerify:
         partial = store / ".partial" / "eva_vit_pico.pth.35dcb5b89aa4d442"
         partial.parent.mkdir()
         partial.write_bytes(b"x" * 1000)
+        partial.with_name("eva_vit_pico.pth.index.json.35dcb5b89aa4d442").write_bytes(b"x" * 2000)
         found = stock.look("pico-vision", Store(store), Digests())
         assert (found.state, found.here, found.bytes) == ("partial", 1000, 1452183)
         (line,) = verified(store, "pico-vision").problems()
