@@ -139,7 +139,9 @@ def legacy(path: Path) -> Path:
 
 
 class TestOneFile:
-    @pytest.mark.parametrize("path", sorted(p for p in PICO.rglob("*") if p.is_file()), ids=str)
+    @pytest.mark.parametrize(
+        "path", sorted(p for p in PICO.rglob("*") if p.is_file()), ids=lambda p: p.name
+    )
     def test_every_real_file_is_well(self, path: Path):
         assert flaw(path) is None
         assert flaw(path, path.stat().st_size) is None
@@ -172,10 +174,11 @@ class TestOneFile:
             stream.truncate(20)
         assert said(path)[0] == "truncated"
 
-    def test_truncated_of_the_format_before_zip(self, tmp_path: Path):
+    @pytest.mark.parametrize("missing", [1, 20, 40, 60, 100])
+    def test_truncated_of_the_format_before_zip(self, tmp_path: Path, missing: int):
         path = legacy(tmp_path / "old.bin")
         with path.open("r+b") as stream:
-            stream.truncate(path.stat().st_size - 30)
+            stream.truncate(path.stat().st_size - missing)
         assert said(path)[0] == "truncated"
 
     def test_empty(self, tmp_path: Path):
