@@ -19,6 +19,7 @@ from gpufleet.weights.inspect import Flaw, flaw
 
 PICO = ROOT / "files" / "weights" / "pico"
 SHARD = PICO / "vicuna-pico" / "pytorch_model-00003-of-00003.bin"
+REAL = sorted(path for path in PICO.rglob("*") if path.is_file())
 
 
 @pytest.fixture

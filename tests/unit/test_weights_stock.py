@@ -265,15 +265,21 @@ class TestTheCommand:
         assert (done.returncode, done.stderr) == (0, "")
         rows = {line.split()[0]: line for line in done.stdout.splitlines() if line}
         assert set(catalog.weight_sets()) | set(catalog.names()) <= set(rows)
-        assert "./fleet weights merge vicuna-7b-v0 or ./fleet weights fetch" in rows["vicuna-7b-v0"]
-        assert " missing " in rows["vicuna-7b-v0"]
-        assert " 9/9 " in rows["vicuna-pico"]
+        assert rows["vicuna-7b-v0"].split()[1:3] == ["missing", "0/?"]
+        assert rows["vicuna-7b-v0"].endswith(" merge or fetch")
+        assert rows["vicuna-pico"].split()[1:3] == ["here", "9/9"]
+        assert rows["vicuna-pico"].endswith(" verify")
 
     def test_a_set_that_is_to_be_merged_brings_what_it_is_made_of(
         self, fleet: Fleet, tmp_path: Path, store: Path
     ):
         names = [one["name"] for one in fleet.json("list", "vicuna-7b-v0")["sets"]]
         assert names == ["vicuna-7b-v0", "llama-7b-hf", "vicuna-7b-delta-v0"]
+        (first, *_) = fleet.json("list", "vicuna-7b-v0")["sets"]
+        assert first["next"] == [
+            "./fleet weights merge vicuna-7b-v0",
+            "./fleet weights fetch vicuna-7b-v0",
+        ]
         whole = fleet.json("list", "vicuna-pico", "--store", store)["sets"]
         assert [one["name"] for one in whole] == ["vicuna-pico"]
 
