@@ -130,6 +130,9 @@ class Digests:
 
         begun, total = time.monotonic(), sum(sizes.values())
         pool = ThreadPool(min(len(paths), _cores()))
+        hub = gevent.get_hub()
+        errors = hub.NOT_ERROR
+        hub.NOT_ERROR = (*errors, KeyboardInterrupt)  # raised here; the hub would print it as well
         try:
             jobs = [pool.spawn(job, path) for path in paths]
             waiting = jobs
@@ -142,6 +145,7 @@ class Digests:
                 one.get()
             return found
         finally:
+            hub.NOT_ERROR = errors
             stopped.append(True)
             pool.kill()
 
