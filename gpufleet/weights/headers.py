@@ -81,12 +81,18 @@ def tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _safetensors(path)
     with path.open("rb") as stream:
-        first = stream.read(len(LEGACY))
-    if first.startswith(ZIP):
+        zipped = stream.read(len(ZIP)) == ZIP
+    if zipped:
         return _zip(path)
-    if first == LEGACY:
+    if old(path):
         return _legacy(path)
     raise Damaged("is no checkpoint")
+
+
+def old(path: Path) -> bool:
+    """Whether a file has the format that torch wrote before 1.6. Raises OSError."""
+    with path.open("rb") as stream:
+        return stream.read(len(LEGACY)) == LEGACY
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ SEEN = "seen here, whole and consistent"
 
 
 #: Flaws that getting the file again would not mend: it came like this, or the disk is at fault.
-_NOT_BY_GETTING = {"unreadable", "old-tokenizer", "delta-not-merged"}
+_NOT_BY_GETTING = {"unreadable", "old-tokenizer", "old-format", "delta-not-merged"}
 
 
 @dataclass(frozen=True)

@@ -383,6 +383,11 @@ class TestFilesBesideEachOther:
         shutil.copy(other, one)
         assert flaws(folder)[one.name].kind == "mixed-shards"
 
+    def test_the_format_before_zip_in_what_is_to_be_merged(self, tmp_path: Path):
+        legacy(tmp_path / "pytorch_model.bin")
+        assert flaws(tmp_path, "vicuna-pico-delta")["pytorch_model.bin"].kind == "old-format"
+        assert flaws(tmp_path, "vicuna-pico") == {}
+
     @pytest.mark.parametrize(
         ("name", "file"),
         [
