@@ -49,8 +49,11 @@ class Partial:
 
     def __enter__(self) -> Partial:
         while True:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:  # another was done there, and removed the empty folder
+                continue
             try:
                 while not _locked(self._file):
                     self._waiting()
