@@ -633,15 +633,32 @@ class TestTwoFetchesAtOnce:
         assert site.hub.sent == sum(map(len, WANTED.values()))
 
 
+def test_many_small_files_fetched_by_several_processes_at_once_are_all_well(site: Site):
+    """Folders of partial files come and go under the feet of the others."""
+    small = {f"d{i % 3}/{i}.bin": _random.randbytes(i * 150) for i in range(30)}
+    site.hub.repositories[REPOSITORY] = small
+    name = site.set()
+
+    def work() -> None:
+        assert site.fetch(name, jobs=8).sets[0].done
+
+    children = [forked(work) for _ in range(3)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert site.there() == small
+    assert not (site.store.root / FOLDER).exists()
+
+
 def forked(work: Callable[[], Any]) -> int:
-    """A process of its own that does the work; its id."""
+    """A process of its own that does the work; its id. Its exit status says whether it ended."""
     child = os.fork()
     if child:
         return child
+    status = 1
     try:
         work()
+        status = 0
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def test_a_fetch_killed_at_40_random_points_never_leaves_a_wrong_file_under_a_final_name(

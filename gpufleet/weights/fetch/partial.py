@@ -21,6 +21,9 @@ FOLDER = ".partial"
 
 _BLOCK = 1 << 20
 
+#: How often a folder is made that goes again.
+_TRIES = 100
+
 
 def where(store: Path, place: str, content: Content) -> Path:
     """The partial file of a content that gets the name `place` in the store."""
@@ -48,11 +51,16 @@ class Partial:
         """Bytes that the hash has seen: the file's first ones."""
 
     def __enter__(self) -> Partial:
+        tries = 0
         while True:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:  # another was done there, and removed the empty folder
+            except (FileNotFoundError, FileExistsError):
+                # Another was done there, and removed the empty folder.
+                tries += 1
+                if tries > _TRIES:
+                    raise
                 continue
             try:
                 while not _locked(self._file):

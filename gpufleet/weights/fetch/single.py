@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +80,10 @@ class Single:
     def tidy(self, file: File) -> None:
         """Drop what an earlier run had of a file that is there since."""
         if where(self._root, file.place, file.content).exists():
-            with Partial(self._root, file.place, file.content, lambda: self._held(file)) as growing:
+            with (
+                suppress(BlockingIOError),
+                Partial(self._root, file.place, file.content, _leave) as growing,
+            ):
                 growing.discard()
 
     def missing(self, file: File) -> int:
@@ -288,3 +292,8 @@ class Single:
             self._local.session = requests.Session()
         session: requests.Session = self._local.session
         return session
+
+
+def _leave() -> None:
+    """Does not wait for who holds a partial file."""
+    raise BlockingIOError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from gpufleet.weights.fetch import hubs, plan
@@ -82,14 +83,11 @@ class Sources:
 
     def _keep(self, origin: str) -> None:
         aside = self._pin.with_suffix(f".{threading.get_native_id()}")
-        while True:
-            try:
-                self._pin.parent.mkdir(parents=True, exist_ok=True)
-                aside.write_text(f"{origin}\n", "utf-8")
-                aside.replace(self._pin)
-                return
-            except FileNotFoundError:  # another was done there, and removed the empty folder
-                continue
+        # Another fetch may end meanwhile and remove the empty folder; the origin is then learnt.
+        with suppress(FileNotFoundError, FileExistsError):
+            self._pin.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(f"{origin}\n", "utf-8")
+            aside.replace(self._pin)
 
     def forget(self) -> None:
         """The set is whole: the store has its origin now."""
