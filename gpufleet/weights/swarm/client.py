@@ -71,11 +71,13 @@ class Swarm:
         *,
         upload_kib: int = 0,
         quiet: float = 300.0,
+        encrypt: bool = False,
     ) -> None:
         """`files` are verified, each with its place on this machine.
 
         `upload_kib` is what this machine sends at most, KiB/s, to all hosts together; 0 is no
-        limit. A host that hears nothing for `quiet` seconds ends its part by itself.
+        limit. A host that hears nothing for `quiet` seconds ends its part by itself. `encrypt`
+        hides from the hosts' network what they exchange, at twice the CPU time.
         """
         self._lock = threading.Lock()
         self._last: dict[str, Progress] = {}
@@ -98,6 +100,7 @@ class Swarm:
                 ],
                 "upload_kib": upload_kib,
                 "quiet": quiet,
+                "encrypt": encrypt,
             }
         )
         self._reader = threading.Thread(target=self._listen, daemon=True)
