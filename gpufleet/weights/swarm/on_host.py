@@ -165,7 +165,7 @@ def start(unit: str, folder: str, staging: str, port: int, quiet: float) -> str:
     command = ["systemd-run", "--quiet", "--collect", f"--unit={unit}"]
     command += [f"--description=weights from other hosts, into {staging}"]
     command += [option for one in properties for option in ("-p", one)]
-    command += [sys.executable, "-B", f"{folder}/on_host.py", unit, str(port), str(quiet)]
+    command += [sys.executable, "-B", f"{folder}/on_host.py", str(port), str(quiet)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -384,7 +384,7 @@ class Peer:
 class Serve:
     """The unit: one torrent, one listener for peers, one for the engine, one for ssh."""
 
-    def __init__(self, unit: str, port: int, quiet: float) -> None:
+    def __init__(self, port: int, quiet: float) -> None:
         warnings.simplefilter("ignore")
         folder = os.path.dirname(os.path.abspath(__file__))
         sys.path.insert(0, f"{folder}/lib")
@@ -410,7 +410,7 @@ class Serve:
         self.streams: dict[socket.socket, bytes] = {}
         self.selector = selectors.DefaultSelector()
         self.control = socket.socket(socket.AF_UNIX)
-        self.control.bind(f"/run/{unit}/control")
+        self.control.bind(os.environ["RUNTIME_DIRECTORY"] + "/control")  # systemd's
         self.control.listen(8)
         self.selector.register(self.control, selectors.EVENT_READ)
 
@@ -689,8 +689,8 @@ def error_line(alert: Any) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 3:
-        Serve(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])).run()
+    if len(sys.argv) > 2:
+        Serve(int(sys.argv[1]), float(sys.argv[2])).run()
     else:
         wrong = attach(globals()["SOURCE"])
         if wrong is not None:

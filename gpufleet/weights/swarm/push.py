@@ -84,7 +84,7 @@ class Push:
         content: Any = lt.bdecode(self._torrent.content)
         params.ti = lt.torrent_info(content)
         places = {
-            self._torrent.names[source.file.path]: str(source.place.absolute())
+            self._torrent.names[source.file.path]: str(source.place)
             for source in self._sources
             if source.file.bytes
         }
