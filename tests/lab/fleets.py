@@ -190,6 +190,12 @@ def until(condition: Callable[[], Any], what: str, timeout: float = 120, every: 
     return value
 
 
+def weights(host: Host, model: str = "pico") -> Path:
+    """The one folder of a model's weights on a host, as this machine sees it."""
+    (found,) = host.path(f"{HOME}/weights").glob(f"{model}-*")
+    return found
+
+
 Snapshot = dict[str, tuple[int, ...]]
 
 

@@ -12,7 +12,7 @@ import fleets
 import pytest
 from fleets import HOME, ROOT, UNIT, Fleet, Host, fleet, ok
 
-WEIGHTS = f"{HOME}/weights/pico"
+WEIGHTS = f"{HOME}/weights/blobs"
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def _flip_a_byte(host: Host) -> None:
 
 
 def _truncate(host: Host) -> None:
-    file = max(host.path(WEIGHTS).rglob("*.pth"), key=lambda path: path.stat().st_size)
+    file = max(host.path(WEIGHTS).iterdir(), key=lambda path: path.stat().st_size)
     os.truncate(file, file.stat().st_size // 2)
 
 
 def _delete_a_weight(host: Host) -> None:
-    next(host.path(WEIGHTS).glob("vicuna-pico/*")).unlink()
+    fleets.weights(host).joinpath("vicuna-pico/config.json").unlink()
 
 
 def _half_an_environment(host: Host) -> None:
@@ -176,7 +176,7 @@ def test_a_process_that_read_an_edited_configuration_does_not_stay(
 
 def test_a_process_that_read_damaged_weights_does_not_stay(one: Host, deployed: Fleet) -> None:
     """Even if it runs: it would go on answering nonsense with the right files beside it."""
-    file = one.path(f"{WEIGHTS}/health.png")
+    file = fleets.weights(one) / "health.png"
     text = file.read_bytes()
     file.write_bytes(text + b"\0")
     one.sh(f"systemctl restart {UNIT}")
