@@ -169,8 +169,7 @@ def test_weights_on_the_host_are_those_of_the_catalogue(deployed: Fleet, number:
     sums = dict(
         reversed(line.split("  ", 1))
         for line in host.sh(
-            f"cd /{here} && find -L . -type f "
-            "-printf '%P\\0' | xargs -0 sha256sum"
+            f"cd /{here} && find -L . -type f -printf '%P\\0' | xargs -0 sha256sum"
         ).splitlines()
     )
     assert sums == {file.path: file.sha256 for file in files}

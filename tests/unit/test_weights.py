@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gpufleet import ROOT, catalog
-from gpufleet.catalog import Model, WeightFile
+from gpufleet.catalog import Model
 from gpufleet.settings import Settings, parse
 from gpufleet.weights.local import check_source, source
 
