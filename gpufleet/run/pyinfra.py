@@ -92,7 +92,7 @@ def restore_mirrors(inventory: Path, **options: Any) -> Result:
 def push_weights(inventory: Path, **options: Any) -> Result:
     """Bring the model's weights to the hosts, and do nothing else. Options and errors as for
     apply; `override` says what is not as the settings have it."""
-    return _change("weights push", inventory, only=("weights",), **options)
+    return _change("weights push", inventory, **{**options, "only": ("weights",)})
 
 
 def _change(command: Command, inventory: Path, **options: Any) -> Result:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from gpufleet.cli.weights import push
+
 app = typer.Typer(
     help="The models' files: what is there, and bringing them here and to the hosts.",
     no_args_is_help=True,
@@ -14,3 +16,6 @@ app = typer.Typer(
 @app.callback()
 def weights() -> None:
     """The models' files: what is there, and bringing them here and to the hosts."""
+
+
+app.command("push")(push.push)
