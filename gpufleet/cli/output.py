@@ -231,7 +231,7 @@ def arrived(host: Host, always: bool) -> str:
         return f"{files}, {size(weights.there)} were there"
     return (
         f"{files}, {size(weights.sent)} sent by {weights.via}, {size(weights.there)} were there, "
-        f"{duration(weights.seconds)}"
+        f"{duration(weights.seconds)}" + (f" (no swarm: {weights.why})" if weights.why else "")
     )
 
 

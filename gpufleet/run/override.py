@@ -18,6 +18,7 @@ class Override:
     """Options of `fleet weights push`; None is as the settings say."""
 
     model: str | None = None
+    source: str | None = None
     via: Literal["auto", "rsync", "swarm"] | None = None
     bandwidth_kib: int | None = None
     deep: bool = False
@@ -38,7 +39,11 @@ def read() -> Override:
 def settled(settings: Settings) -> Settings:
     """The settings with what this run was given in their place."""
     given = read()
-    weights: dict[str, Any] = {"via": given.via, "bandwidth_kib": given.bandwidth_kib}
+    weights: dict[str, Any] = {
+        "source": given.source,
+        "via": given.via,
+        "bandwidth_kib": given.bandwidth_kib,
+    }
     weights = {name: value for name, value in weights.items() if value is not None}
     changes: dict[str, Any] = {"model": given.model} if given.model is not None else {}
     if weights:

@@ -15,6 +15,7 @@ from gpufleet.seen import changed, fresh
 from gpufleet.shell import script
 from gpufleet.weights.facts import WeightsInUse, WeightsOnHost
 from gpufleet.weights.plan import Progress, abandoned, landing, older, staging, version
+from gpufleet.weights.swarm.plan import worth
 from gpufleet.weights.transfer import Order, Way, bring
 
 # A host that nothing was deployed to yet may have no rsync, and no package lists.
@@ -46,7 +47,8 @@ def landed(
     files: Sequence[WeightFile],
     source: Path,
     way: Way,
-    via: Literal["rsync", "swarm"] = "rsync",
+    via: Literal["auto", "rsync", "swarm"] = "rsync",
+    hosts: int = 1,
     bandwidth_kib: int = 0,
     at_once: int = 0,
     deep: bool = False,
@@ -55,6 +57,7 @@ def landed(
     """Have these files of a model on the host, verified, in its version's folder.
 
     Contents that the host has under any model are not sent. `deep` reads all of them there.
+    `hosts` is how many get this version in this run, by which `auto` chooses.
     """
     wanted = tuple(dict.fromkeys(file.sha256 for file in files))
     stored = fresh(WeightsOnHost, root=root, wanted=wanted, deep=deep)
@@ -68,12 +71,13 @@ def landed(
     yield StringCommand("install -d -m 755", QuoteString(f"{root}/weights"), QuoteString(incoming))
     if plan.send and not stored.rsync:
         yield script(_RSYNC)
+    swarm = via == "swarm" or (via == "auto" and worth(plan.to_send, hosts)[0])
     order = Order(
         root=root,
         plan=plan,
         source=source,
         files=tuple(files),
-        via=via,
+        via="swarm" if swarm else "rsync",
         bandwidth_kib=bandwidth_kib,
         at_once=at_once,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -12,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import gevent
+from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 from paramiko import SSHException
 from pyinfra import logger
@@ -25,6 +27,7 @@ from gpufleet.catalog import WeightFile
 from gpufleet.errors import FleetError
 from gpufleet.shell import script
 from gpufleet.weights.plan import Landing, Progress, size, staging, target
+from gpufleet.weights.swarm.client import Member, Swarm
 
 #: How long a host may be out of reach before its transfer is given up, in seconds.
 PATIENCE = 300.0
@@ -34,7 +37,7 @@ SILENCE = 120
 CUT = frozenset({10, 12, 30, 35, 255})
 #: What ssh and rsync say where trying again changes nothing.
 _FINAL = re.compile(
-    r"Permission denied|Host key verification|command not found|not found on remote|"
+    r"Permission denied|Host key verification|rsync: (command )?not found|"
     r"No space left|Disk quota|Read-only file system|password is required|unknown option",
     re.I,
 )
@@ -178,10 +181,12 @@ class Meter:
         self.bytes = self.of - order.plan.to_send
         self.via: Literal["", "rsync", "swarm"] = "rsync"
         self.report = report
+        self.fallback = ""
+        """Why it is rsync though it was to be the swarm."""
         self._seen: deque[tuple[float, int]] = deque()
         self._said = 0.0
 
-    def at(self, count: int) -> None:
+    def at(self, count: int, *, rate: float | None = None, peers: int = 0) -> None:
         """So many bytes have arrived; fewer than before are passed over."""
         now = time.monotonic()
         self.bytes = max(self.bytes, min(count, self.of))
@@ -190,7 +195,7 @@ class Meter:
             self._seen.popleft()
         if now - self._said >= _REPORT_SECONDS:
             self._said = now
-            self.say("sending", rate=self._rate())
+            self.say("sending", rate=self._rate() if rate is None else rate, peers=peers)
 
     def _rate(self) -> float:
         (since, before), (now, count) = self._seen[0], self._seen[-1]
@@ -245,7 +250,7 @@ def bring(
     broken = 0
     try:
         if order.plan.send:
-            broken = _send(state, order, way, meter)
+            broken = _send(state, host.name, order, way, meter)
         meter.say("verifying")
         broken += _land(order, way, meter)
     except FleetError as error:
@@ -262,6 +267,7 @@ def bring(
             meter.via if order.plan.send else "",
             meter.of,
             meter.of,
+            why=meter.fallback,
             files=len(order.files),
             sent=order.plan.to_send,
             there=order.plan.bytes - order.plan.to_send,
@@ -271,12 +277,67 @@ def bring(
     return True
 
 
-def _send(state: State, order: Order, way: Way, meter: Meter) -> int:
+def _send(state: State, name: str, order: Order, way: Way, meter: Meter) -> int:
     """Have the files in the host's staging folder; returns how often the connection broke."""
     watched = Watched(order)
+    if order.via == "swarm" and way.ssh:
+        meter.via = "swarm"
+        meter.fallback = _swarm(state, name, order, way, meter, watched)
+        if not meter.fallback:
+            return 0
+        meter.via = "rsync"
     meter.say("waiting", why="waits for its turn")
     with _turn(state, order.at_once):
         return _rsync(order, way, meter, watched)
+
+
+class _Shared:
+    """One swarm for all hosts of a run that get the same version; the last to leave ends it."""
+
+    def __init__(self, order: Order) -> None:
+        files = [(file, order.source / file.path) for file in order.files]
+        self.swarm = Swarm(files, upload_kib=order.bandwidth_kib)
+        self.inside = 0
+        self.ended = Event()
+
+
+_swarms: weakref.WeakKeyDictionary[State, dict[str, _Shared]] = weakref.WeakKeyDictionary()
+
+
+def _swarm(state: State, name: str, order: Order, way: Way, meter: Meter, watched: Watched) -> str:
+    """Get the files from the swarm; why that did not work, or an empty text."""
+    running = _swarms.setdefault(state, {})
+    shared = running.get(order.plan.version)
+    if shared is None:
+        shared = running[order.plan.version] = _Shared(order)
+    shared.inside += 1
+    why = ""
+    try:
+        paths = tuple(file.path for file in order.plan.send)
+        member = Member(name, way.ssh, way.sudo, way.ssh[-1], order.staging, paths)
+        shared.swarm.join(member)
+        for progress in shared.swarm.follow(name):
+            watched.check()
+            if progress.state == "sending":
+                meter.at(progress.bytes, rate=progress.rate, peers=progress.peers)
+            elif progress.state in ("alone", "failed"):
+                why = progress.why or progress.state
+            elif progress.state != "done":
+                meter.say("starting", why=progress.why)
+    finally:
+        shared.inside -= 1
+        if not shared.inside:
+            if running.get(order.plan.version) is shared:
+                del running[order.plan.version]
+            shared.swarm.close()
+            shared.ended.set()
+    if not why:
+        # Until then this host gives what it has to the others, from where it arrived.
+        meter.bytes = meter.of
+        meter.say("starting", why="has all, gives to the other hosts")
+        shared.ended.wait()
+        watched.check()
+    return why
 
 
 # How many hosts rsync feeds at a time, in each run.
@@ -356,25 +417,29 @@ def _rsync_once(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**os.environ, "LC_ALL": "C"},
-        text=True,
-        errors="replace",
     )
     said: list[str] = []
     assert child.stdin is not None
     assert child.stdout is not None
+    output = cast(io.BufferedReader, child.stdout)
     try:
         with suppress(BrokenPipeError):
-            child.stdin.write("".join(f"{file.path}\0" for file in order.plan.send))
+            child.stdin.write(b"".join(f"{file.path}\0".encode() for file in order.plan.send))
             child.stdin.close()
-        for line in child.stdout:  # a progress line ends with a carriage return
-            if (seen := _PROGRESS.match(line)) is not None:
-                meter.at(ended + int(seen[1]))
-                watched.check()
-            elif line.startswith("> "):
-                done.add(line.split(" ", 2)[2].rstrip("\n"))
-            elif line.strip():
-                said.append(line.strip())
-        return child.wait(), said
+        rest = b""
+        while data := output.read1(65536):
+            # A line of progress begins with a carriage return, and is whole before the next one.
+            *lines, rest = re.split(rb"[\r\n]", rest + data)
+            for line in (text.decode(errors="replace") for text in [*lines, rest]):
+                if (seen := _PROGRESS.match(line)) is not None:
+                    meter.at(ended + int(seen[1]))
+                    watched.check()
+            for line in (text.decode(errors="replace") for text in lines):
+                if line.startswith("> "):
+                    done.add(line.split(" ", 2)[2])
+                elif line.strip() and not _PROGRESS.match(line):
+                    said.append(line.strip())
+        return child.wait(), [*said, *filter(None, [rest.decode(errors="replace").strip()])]
     finally:
         if child.poll() is None:
             child.terminate()
@@ -395,7 +460,7 @@ def _failure(why: str, order: Order, meter: Meter) -> str:
             f"the host's disk is full: {size(meter.of - meter.bytes)} are still to come; free some "
             f"space, then apply again: it goes on from what lies in {order.staging}"
         )
-    if re.search(r"rsync: +(command )?not found|rsync: not found", why):
+    if re.search(r"rsync: (command )?not found", why):
         return f"{why}: install rsync on the host"
     if "unknown option" in why:
         return f"{why}: install rsync 3.1 or newer on this machine"

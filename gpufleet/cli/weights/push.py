@@ -28,6 +28,7 @@ def push(
     deep: Annotated[
         bool, typer.Option("--deep", help="Read all files on the hosts again, on all cores.")
     ] = False,
+    store: options.Store = None,
     limit: options.Limit = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
@@ -43,6 +44,13 @@ def push(
 
     if model is not None:
         catalog.model(model)
-    given = Override(model=model, via=via, bandwidth_kib=bandwidth, deep=deep, together=True)
+    given = Override(
+        model=model,
+        source=str(store.absolute()) if store else None,
+        via=via,
+        bandwidth_kib=bandwidth,
+        deep=deep,
+        together=True,
+    )
     deploy = partial(pyinfra.push_weights, override=given)
     deploying.run(deploy, inventory, limit, None, as_json, verbose)
