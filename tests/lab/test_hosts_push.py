@@ -100,6 +100,7 @@ def test_a_push_needs_nothing_deployed_and_the_next_one_a_single_command(
     (two.path(f"{HOME}/weights") / fleets.weights(two).name).rename(two.path("/root/gone"))
     one.path("/etc/ssh/sshd_config.d/00-count.conf").write_text("LogLevel VERBOSE\n")
     one.sh("systemctl reload ssh")
+    path = lab.inventory(tmp_path)
     counts = []
     for only in ("preflight", "weights"):
         before = sessions(one)
@@ -113,6 +114,17 @@ def test_a_push_needs_nothing_deployed_and_the_next_one_a_single_command(
         words(again.out, f"{host.name} weights:", "were there")
     assert "sent" not in again.out
     whole(two)
+
+
+def test_hosts_exchange_pieces_among_themselves(lab: Fleet, tmp_path: Path) -> None:
+    for host in lab.hosts:
+        host.sh(f"rm -rf {HOME}")
+    done = fleet("weights", "push", "-i", lab.inventory(tmp_path), "--via", "swarm", "--json")
+    for host in lab.hosts:
+        seen = pushed(done, host)
+        assert (seen["via"], seen["bytes_there"]) == ("swarm", 0)
+        whole(host)
+        assert host.sh("systemctl list-units --all --no-legend 'gpufleet*'") == ""
 
 
 def test_a_cut_connection_is_made_again_and_nothing_is_sent_twice(
