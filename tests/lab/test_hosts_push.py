@@ -17,8 +17,8 @@ import pytest
 import yaml
 from fleets import HOME, ROOT, UNIT, Boot, Done, Fleet, Host, Running, fleet, ok, words
 
-#: Slow enough to be met on the way: pico's 4 MB take some ten seconds.
-SLOW = ("--bandwidth", "400")
+#: Slow enough to be met on the way: pico's 4 MB take five seconds.
+SLOW = ("--bandwidth", "800")
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,7 @@ def test_a_cut_connection_is_made_again_and_nothing_is_sent_twice(
     whole(bare)
 
 
+@pytest.mark.long
 def test_a_host_that_reboots_on_the_way_gets_the_rest(
     bare: Host, path: Path, tmp_path: Path
 ) -> None:
@@ -150,7 +151,7 @@ def test_a_host_that_reboots_on_the_way_gets_the_rest(
 
 
 @pytest.mark.parametrize(
-    "seconds", [4, pytest.param(70, marks=pytest.mark.long)], ids=["a_moment", "a_minute"]
+    "seconds", [3, pytest.param(70, marks=pytest.mark.long)], ids=["a_moment", "a_minute"]
 )
 def test_a_laptop_that_was_closed_meanwhile_goes_on(
     bare: Host, path: Path, tmp_path: Path, seconds: float
@@ -164,6 +165,7 @@ def test_a_laptop_that_was_closed_meanwhile_goes_on(
     whole(bare)
 
 
+@pytest.mark.long
 def test_a_file_that_changes_on_the_laptop_meanwhile_is_noticed_and_nothing_lands(
     bare: Host, path: Path, tmp_path: Path
 ) -> None:
@@ -183,6 +185,7 @@ def test_a_file_that_changes_on_the_laptop_meanwhile_is_noticed_and_nothing_land
     whole(bare)
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_is_one_line_and_the_next_push_goes_on(
     boot: Boot, tmp_path: Path
 ) -> None:
@@ -210,6 +213,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_next_push_goes_on(
     whole(host)
 
 
+@pytest.mark.long
 def test_deep_finds_what_no_record_tells(bare: Host, path: Path) -> None:
     pushed(fleet("weights", "push", "-i", path, "--json"), bare)
     blob = max(bare.path(f"{HOME}/weights/blobs").iterdir(), key=lambda one: one.stat().st_size)
@@ -297,6 +301,7 @@ systemctl restart UNIT
 """
 
 
+@pytest.mark.long
 def test_a_host_of_the_layout_before_is_taken_over_without_a_byte_sent(deployed: Fleet) -> None:
     host = deployed.hosts[0]
     ok(deployed.apply("--limit", host.name))

@@ -127,6 +127,7 @@ def test_the_json_document_has_them_in_bytes_and_seconds():
             "bytes_sent": 3_200_000,
             "bytes_there": 1_100_000,
             "seconds": 4.24,
+            "why": "",
         },
         None,
     ]
