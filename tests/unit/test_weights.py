@@ -12,6 +12,7 @@ import yaml
 
 from gpufleet import ROOT, catalog
 from gpufleet.catalog import Model
+from gpufleet.errors import FleetError
 from gpufleet.settings import Settings, parse
 from gpufleet.weights.local import check_source, source
 
@@ -53,29 +54,33 @@ class TestTheOperatorsFiles:
     def test_good_files_have_no_problems(self, settings: Settings, model: Model):
         assert check_source(settings, model) == []
 
-    def test_a_missing_file_is_named(self, settings: Settings, model: Model, weights: Path):
+    @pytest.fixture
+    def again(self, model: Model) -> str:
+        """What gets the files of the small model again."""
+        return f"./fleet weights fetch {model.weights[0]}"
+
+    def test_a_missing_file_is_named(
+        self, settings: Settings, model: Model, weights: Path, again: str
+    ):
         (weights / "vit.pth").unlink()
-        assert check_source(settings, model) == [
-            f"weight file {weights / 'vit.pth'} is missing: fetch it"
-        ]
+        assert check_source(settings, model) == [f"{weights / 'vit.pth'} is missing: {again}"]
 
     def test_a_truncated_file_is_named_with_both_sizes(
-        self, settings: Settings, model: Model, weights: Path
+        self, settings: Settings, model: Model, weights: Path, again: str
     ):
         path = weights / "llama" / "model 1.bin"
         os.truncate(path, 100)
-        assert check_source(settings, model) == [
-            f"weight file {path}: 100 bytes, expected 8192: fetch it again"
-        ]
+        assert check_source(settings, model) == [f"{path} is truncated: 100 of 8192 bytes: {again}"]
 
-    def test_a_corrupt_file_is_named(self, settings: Settings, model: Model, weights: Path):
+    def test_a_corrupt_file_is_named_with_both_hashes(
+        self, settings: Settings, model: Model, weights: Path, again: str
+    ):
         path = weights / "vit.pth"
         path.write_bytes(b"vision towel")
-        (line,) = check_source(settings, model)
-        assert line.startswith(
-            f"weight file {path} is corrupt: sha256 {digest(b'vision towel')[:12]}…"
-        )
-        assert line.endswith(": fetch it again")
+        assert check_source(settings, model) == [
+            f"{path} is corrupt: sha256 {digest(b'vision towel')[:12]}… is not the catalogue's "
+            f"({digest(b'vision tower')[:12]}…): {again}"
+        ]
 
     def test_a_file_that_cannot_be_reached_is_named_with_the_reason(
         self, settings: Settings, model: Model, weights: Path
@@ -83,27 +88,26 @@ class TestTheOperatorsFiles:
         path = weights / "vit.pth"
         path.unlink()
         path.symlink_to("vit.pth")
-        (line,) = check_source(settings, model)
-        assert line == (
-            f"weight file {path}: Too many levels of symbolic links: "
+        assert check_source(settings, model) == [
+            f"{path} cannot be read: Too many levels of symbolic links: "
             "check its permissions and the disk"
-        )
+        ]
 
     def test_a_file_that_cannot_be_read_is_named_with_the_reason(
-        self, settings: Settings, model: Model, weights: Path, tmp_path: Path
+        self, settings: Settings, model: Model, weights: Path
     ):
         """This process's memory looks like an empty file, and reading its page 0 fails."""
         path = weights / "vit.pth"
         path.unlink()
         path.symlink_to("/proc/self/mem")
-        own = tmp_path / "empty.yaml"
-        data = yaml.safe_load(Path(model.weights[0]).read_text("utf-8"))
+        own = Path(model.weights[0])
+        data = yaml.safe_load(own.read_text("utf-8"))
         data["files"] = [{"path": "vit.pth", "bytes": 0, "sha256": digest(b"")}]
-        own.write_text(yaml.safe_dump(data))
-        (line,) = check_source(settings, model.model_copy(update={"weights": (str(own),)}))
-        assert line == (
-            f"weight file {path}: Input/output error: check its permissions and the disk"
-        )
+        only = own.with_name("only-mem.yaml")
+        only.write_text(yaml.safe_dump(data), "utf-8")
+        assert check_source(settings, model.model_copy(update={"weights": (str(only),)})) == [
+            f"{path} cannot be read: Input/output error: check its permissions and the disk"
+        ]
 
     def test_a_folder_in_a_files_place_is_a_problem(
         self, settings: Settings, model: Model, weights: Path
@@ -111,18 +115,30 @@ class TestTheOperatorsFiles:
         (weights / "vit.pth").unlink()
         (weights / "vit.pth").mkdir()
         (line,) = check_source(settings, model)
-        assert line.startswith(f"weight file {weights / 'vit.pth'}: ")
+        assert line.startswith(f"{weights / 'vit.pth'} cannot be read: Is a directory: ")
 
-    def test_every_problem_comes_at_once_a_line_a_file(
+    def test_every_problem_comes_at_once_and_missing_files_are_one_line(
         self, settings: Settings, model: Model, weights: Path
     ):
         for name in ("qformer.pth", "projection.pth"):
             (weights / name).unlink()
         (weights / "vit.pth").write_bytes(b"vision towel")
-        lines = check_source(settings, model)
-        for name, line in zip(("vit.pth", "qformer.pth", "projection.pth"), lines, strict=True):
-            assert line.startswith(f"weight file {weights / name} ")
-            assert "\n" not in line
+        corrupt, missing = check_source(settings, model)
+        assert corrupt.startswith(f"{weights / 'vit.pth'} is corrupt: ")
+        assert missing.startswith(
+            f"{weights}: 2 files are missing (qformer.pth, projection.pth): ./fleet weights fetch "
+        )
+
+    def test_files_that_nobody_knows_stop_the_deploy_until_they_are_verified(
+        self, settings: Settings, model: Model
+    ):
+        own = Path(model.weights[0])
+        data = yaml.safe_load(own.read_text("utf-8"))
+        del data["files"][-1]["sha256"]
+        own.write_text(yaml.safe_dump(data), "utf-8")
+        catalog.weight_set.cache_clear()
+        with pytest.raises(FleetError, match=r"sha256 of health\.png is not known yet: .* verify"):
+            check_source(settings, model)
 
 
 class TestDigestsAreRememberedWhileAFileStays:
@@ -168,13 +184,14 @@ class TestDigestsAreRememberedWhileAFileStays:
             stream.write(b"!")
         os.utime(path, ns=(1, stamp))
         (line,) = check_source(settings, model)
-        assert "13 bytes, expected 12" in line
+        assert "is a text of 13 bytes, not the file" in line
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
     def test_a_cache_that_was_spoilt_is_no_cache(
         self, settings: Settings, model: Model, path: Path, cache: Path, text: str
     ):
-        (cache / "sha256.json").write_text(text)
+        for kept in (cache / "sha256").iterdir():
+            kept.write_text(text)
         (line,) = check_source(settings, model)
         assert "corrupt" in line
 
