@@ -127,6 +127,25 @@ def test_hosts_exchange_pieces_among_themselves(lab: Fleet, tmp_path: Path) -> N
         assert host.sh("systemctl list-units --all --no-legend 'gpufleet*'") == ""
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("via", ["rsync", "swarm"])
+def test_an_account_that_may_sudo_brings_them_as_root_does(
+    lab: Fleet, tmp_path: Path, via: str
+) -> None:
+    for host in lab.hosts:
+        host.sh(
+            f"rm -rf {HOME}; id ops || {{ useradd -m -s /bin/sh ops && install -d -m 700 -o ops "
+            "~ops/.ssh && install -m 600 -o ops ~root/.ssh/authorized_keys ~ops/.ssh/; }"
+        )
+        host.path("/etc/sudoers.d/ops").write_text("ops ALL=(ALL) NOPASSWD: ALL\n")
+    path = lab.inventory(tmp_path, {"ssh_user": "ops", "_sudo": True})
+    done = fleet("weights", "push", "-i", path, "--via", via, "--json")
+    for host in lab.hosts:
+        assert pushed(done, host)["via"] == via
+        whole(host)
+        assert host.sh(f"find {HOME} -not -user root") == ""
+
+
 def test_a_cut_connection_is_made_again_and_nothing_is_sent_twice(
     bare: Host, path: Path, tmp_path: Path
 ) -> None:
