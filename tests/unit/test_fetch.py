@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import random
@@ -85,7 +86,9 @@ class Site:
 
     def one(self, *sources: dict[str, Any], known: tuple[str, ...] = ("bytes", "sha256")) -> str:
         """A set of one large file, of which the catalogue knows so much."""
-        every = {"bytes": len(FILES[BIG]), "sha256": sha256(FILES[BIG])}
+        body = FILES[BIG]
+        md5 = hashlib.md5(body).hexdigest()
+        every = {"bytes": len(body), "sha256": sha256(body), "md5": md5}
         file = {"path": BIG, **{name: every[name] for name in known}}
         plain = {"url": f"{self.hub.address}/files"}
         return self.set(*(sources or (plain,)), include=[], files=[file])
@@ -603,6 +606,22 @@ class TestAFolderOfABrowser:
         )
         (downloads / f"{BIG[:-4]} (1).bin").write_bytes(FILES[BIG])
         assert site.states(site.fetch(name, folders=(downloads,))) == {"picked"}
+
+
+class TestAFileOfWhichOnlyTheMd5IsPublished:
+    def test_is_held_to_it_and_its_sha256_is_learnt(self, site: Site):
+        name = site.one(known=("bytes", "md5"))
+        site.hub.faults = [once("/files/", respond(200, FILES[BIG][::-1]))]
+        site.fetch(name)
+        assert site.there() == {BIG: FILES[BIG]}
+        assert site.store.files(name)[0].sha256 == sha256(FILES[BIG])
+
+    def test_is_not_what_a_repository_has_in_its_place(self, site: Site):
+        site.hub.repositories[REPOSITORY][BIG] = FILES[BIG][::-1]
+        name = site.one({"huggingface": REPOSITORY}, known=("bytes", "md5"))
+        (file,) = site.fetch(name).files
+        assert (file.state, site.there(), site.partial()) == ("failed", {}, [])
+        assert "gives another file: md5" in file.why
 
 
 class TestAPlainAddress:

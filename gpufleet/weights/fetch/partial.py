@@ -144,9 +144,7 @@ class Partial:
             return f"{size} bytes, not {self.content.bytes}"
         if self.content.sha256 is not None and self._hash.hexdigest() != self.content.sha256:
             return f"sha256 {self._hash.hexdigest()[:12]}…, not {self.content.sha256[:12]}…"
-        if self.content.sha256 is None and blob(self.path) != self.content.blob:
-            return f"not the file of the repository ({(self.content.blob or '')[:12]}…)"
-        return None
+        return unlike(self.path, self.content)
 
     def head(self) -> bytes:
         """The first bytes."""
@@ -178,11 +176,25 @@ def _locked(file: int) -> bool:
     return True
 
 
-def blob(path: Path) -> str:
-    """Git's name for a file's content. Raises OSError."""
-    with path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        hasher = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+def unlike(path: Path, content: Content) -> str | None:
+    """What of a file is not the content's, by the hashes that count where nobody says its sha256.
+
+    None if nothing is. Raises OSError.
+    """
+    if content.sha256 is None and content.blob is not None:
+        head = b"blob %d\0" % path.stat().st_size
+        found = _read(path, hashlib.sha1(head, usedforsecurity=False))
+        if found != content.blob:
+            return f"git's hash is {found[:12]}…, not {content.blob[:12]}…"
+    if content.md5 is not None:
+        found = _read(path, hashlib.md5(usedforsecurity=False))
+        if found != content.md5:
+            return f"md5 {found[:12]}…, not {content.md5[:12]}…"
+    return None
+
+
+def _read(path: Path, hasher: hashlib._Hash) -> str:
+    with path.open("rb", buffering=0) as stream:
         while block := stream.read(_BLOCK):
             hasher.update(block)
     return hasher.hexdigest()

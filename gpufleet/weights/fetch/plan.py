@@ -29,18 +29,12 @@ class Content:
     sha256: str | None = None
     blob: str | None = None
     """Git's name for it: the SHA-1 of ``blob SIZE\\0`` and the content."""
+    md5: str | None = None
 
     @property
     def identity(self) -> str:
         """What names the content, wherever it comes from. Empty: nothing can verify it."""
-        return self.sha256 or self.blob or ""
-
-    def agrees(self, other: Content) -> bool:
-        """Whether nothing that both know differs, and both know something that names it."""
-        pairs = [(self.bytes, other.bytes), (self.sha256, other.sha256), (self.blob, other.blob)]
-        both = [(one, two) for one, two in pairs if one is not None and two is not None]
-        named = [(one, two) for one, two in both if isinstance(one, str)]
-        return bool(named) and all(one == two for one, two in both)
+        return self.sha256 or self.blob or self.md5 or ""
 
 
 @dataclass(frozen=True)
@@ -197,7 +191,7 @@ def wanted(weights: WeightSet, remote: Mapping[str, Remote]) -> dict[str, Conten
 
 def content_of(file: ListedFile) -> Content:
     """What the catalogue says that a file must be."""
-    return Content(file.bytes, file.sha256)
+    return Content(file.bytes, file.sha256, md5=file.md5)
 
 
 def completed(known: Content, other: Content) -> Content:
@@ -205,7 +199,8 @@ def completed(known: Content, other: Content) -> Content:
     if contradiction(known, other):
         return known
     size = other.bytes if known.bytes is None else known.bytes
-    return Content(size, known.sha256 or other.sha256, known.blob or other.blob)
+    sha256, blob = known.sha256 or other.sha256, known.blob or other.blob
+    return Content(size, sha256, blob, known.md5)
 
 
 def contradiction(known: Content, other: Content) -> str | None:

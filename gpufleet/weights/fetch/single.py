@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpufleet.weights.fetch import found, hubs, plan, transfer
-from gpufleet.weights.fetch.partial import Partial, blob, where
+from gpufleet.weights.fetch.partial import Partial, unlike, where
 from gpufleet.weights.fetch.plan import Content, Turn
 from gpufleet.weights.fetch.sources import Sources
 from gpufleet.weights.fetch.turns import Turns
@@ -100,9 +100,9 @@ class Single:
         self, path: Path, content: Content, told: Callable[[int], None] = lambda done: None
     ) -> bool:
         """Whether a file has the content, by its hash."""
-        if content.sha256 is not None:
-            return self._digest(path, told) == content.sha256
-        return content.blob is not None and blob(path) == content.blob
+        if content.sha256 is not None and self._digest(path, told) != content.sha256:
+            return False
+        return bool(content.identity) and unlike(path, content) is None
 
     def _digest(self, path: Path, told: Callable[[int], None] = lambda done: None) -> str:
         """The sha256 of a file, read only where nobody remembers it. Raises OSError, Stopped."""
