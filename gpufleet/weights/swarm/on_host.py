@@ -19,6 +19,7 @@ import random
 import secrets
 import selectors
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,12 +35,14 @@ CONNECT, AGAIN = 3.0, 4.0
 TRIES = 2
 #: How often a host says how far it is, in seconds, and at most while something happens.
 REPORT, TICK = 1.0, 0.1
+#: How often what was received is written down, in seconds: a host that dies has it then.
+FLUSH = 5.0
 #: Where ssh's forward comes from: the operator's machine.
 LOOPBACK = frozenset({"127.0.0.1", "::1"})
 #: A unit that heard from another operator's process within so many seconds is in use.
 IN_USE = 20.0
-#: Pieces that a host asks the operator's machine for out of turn, at most at once.
-EXTRA = 4
+#: How much a host asks the operator's machine for at once: pieces, and seconds of what comes.
+AHEAD, AHEAD_SECONDS = 8, 3.0
 #: What a unit may use at most: of memory, page cache included, and days. The last is for a unit
 #: that somehow goes on hearing of a push that is over: it ends by itself long before (`quiet`).
 MEMORY, DAYS = "2G", 7
@@ -67,7 +70,7 @@ def settings(port: int, encrypt: bool) -> dict[str, Any]:
         "allow_multiple_connections_per_ip": True,  # all forwards come from 127.0.0.1
         "unchoke_slots_limit": -1,  # all are of one fleet: nobody is to be choked
         "close_redundant_connections": False,  # who lacks pieces may find them again at once
-        "request_queue_time": 2,
+        "request_queue_time": 1,
         "connections_limit": 1000,
         "min_reconnect_time": 2,
         "max_failcount": 1000,
@@ -403,7 +406,12 @@ class Serve:
         """Pieces of those files that it does not ask for yet."""
         self.turn = (0, 1)
         """Which of how many hosts this one is: whose turn it is to ask for a piece first."""
+        self.open: set[int] = set()
+        """Pieces that it asks the operator's machine for."""
+        self.piece = 1
+        self.checked = False
         self.flushing = self.done = False
+        self.flushes, self.flushed = 0, time.monotonic()
         self.problem = ""
         self.told = (0.0, "")
         self.wheel_port = 0
@@ -415,7 +423,33 @@ class Serve:
         self.selector.register(self.control, selectors.EVENT_READ)
 
     def run(self) -> None:
-        """Until nothing was heard for a while; systemd ends it before."""
+        """Until nothing was heard for a while, or systemd ends it before."""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            self.loop()
+        finally:
+            self.keep()
+
+    def keep(self) -> None:
+        """Write down what was received, for whoever goes on with it."""
+        if self.torrent is not None:
+            self.session.pause()
+            self.flush()
+            until = time.monotonic() + 10
+            while self.flushes and time.monotonic() < until:
+                self.session.wait_for_alert(100)
+                self.watch()
+        sys.stdout.flush()
+        os._exit(0)  # without the engine's goodbyes to everyone
+
+    def flush(self) -> None:
+        """Have the engine write down what it has received; `watch` sees when it has."""
+        self.flushes += 1
+        self.flushed = time.monotonic()
+        self.torrent.flush_cache()
+
+    def loop(self) -> None:
+        """Serve whoever speaks, and the swarm."""
         while time.monotonic() - self.heard < self.quiet:
             for key, _ in self.selector.select(TICK):
                 if key.fileobj is self.control:
@@ -480,6 +514,7 @@ class Serve:
         torrent.save_path = given["staging"]
         torrent.flags = quiet_flags(lt)
         files, size = torrent.ti.files(), torrent.ti.piece_length()
+        self.piece = size
         names: dict[int, str] = {}
         for index, name in enumerate(file_names(torrent.ti)):
             if name in given["files"]:
@@ -489,11 +524,7 @@ class Serve:
                 self.waiting.update(range(first, first - -files.file_size(index) // size))
         torrent.renamed_files = names
         self.turn = given["turn"]
-        mine = in_turn(self.waiting, self.turn)
-        self.waiting -= mine
-        torrent.piece_priorities = [
-            7 if piece in mine else 0 for piece in range(torrent.ti.num_pieces())
-        ]
+        torrent.piece_priorities = [0] * torrent.ti.num_pieces()
         for path in given["empty"]:
             os.makedirs(os.path.dirname(os.path.join(given["staging"], path)), exist_ok=True)
             open(os.path.join(given["staging"], path), "wb").close()
@@ -542,7 +573,6 @@ class Serve:
         """Know the other hosts of the push from now on, and which pieces are one's own to ask."""
         given = message["peers"]
         self.turn = message["turn"]
-        self.ask(in_turn(self.waiting, self.turn), 7)
         for name, one in given.items():
             old = self.peers.get(name)
             if old is None or (old.addresses, old.port) != (one["addresses"], one["port"]):
@@ -558,29 +588,36 @@ class Serve:
             self.torrent.prioritize_pieces([(piece, priority) for piece in pieces])
 
     def choose(self) -> None:
-        """Ask for the pieces that another host has by now.
+        """Ask for the pieces that another host has by now, and for some that none has.
 
-        So the operator's machine is asked for each by one host alone. It is asked for others out
-        of turn, a few at a time, by a host that has had its own: some host may be slow, or gone.
+        The latter are asked of the operator's machine: those of one's own turn, a few at a time,
+        from the first, and then those of a host that is slow or gone, from the last ones. So it
+        sends each about once, whoever comes late.
         """
-        if not self.waiting or self.checking():
+        if not self.checked or not self.waiting:
             return
-        fed = bool(self.connected(LOOPBACK))
+        held = self.torrent.status(self.lt.torrent_handle.query_pieces).pieces
+        self.waiting -= {piece for piece in self.waiting if held[piece]}
+        from_there = [p for p in self.torrent.get_peer_info() if p.ip[0] in LOOPBACK]
         seen = self.torrent.piece_availability()
-        self.ask({piece for piece in self.waiting if seen[piece] > fed}, 2)
-        asked = self.torrent.get_piece_priorities()
-        held = self.torrent.status().pieces
-        open_ = sum(1 for piece, priority in enumerate(asked) if priority and not held[piece])
-        if open_ < EXTRA and self.waiting:
-            some = random.sample(sorted(self.waiting), min(EXTRA - open_, len(self.waiting)))
-            self.ask(set(some), 1)
+        self.ask({piece for piece in self.waiting if seen[piece] > bool(from_there)}, 2)
+        self.open = {piece for piece in self.open if not held[piece]}
+        rate = sum(peer.payload_down_speed for peer in from_there)
+        need = max(AHEAD, int(AHEAD_SECONDS * rate / self.piece)) - len(self.open)
+        if need <= 0:
+            return
+        some = sorted(in_turn(self.waiting, self.turn))[:need]
+        if not some:
+            last = sorted(self.waiting)[len(self.waiting) // 2 :]
+            some = random.sample(last, min(need, len(last)))
+        self.open |= set(some)
+        self.ask(set(some), 7)
 
-    def connected(self, among: frozenset[str] | None = None) -> set[str]:
-        """Addresses of the hosts that pieces are exchanged with, or of those `among` them."""
+    def connected(self) -> set[str]:
+        """Addresses of the hosts that pieces are exchanged with."""
         busy = self.lt.peer_info.connecting | self.lt.peer_info.handshake
         found = {p.ip[0] for p in self.torrent.get_peer_info() if not p.flags & busy}
-        found = {address.removeprefix("::ffff:") for address in found}
-        return found - LOOPBACK if among is None else found & among
+        return {address.removeprefix("::ffff:") for address in found} - LOOPBACK
 
     def seek(self) -> None:
         """Try hosts that were not reached yet, and connect to those that are not connected."""
@@ -612,12 +649,21 @@ class Serve:
         for alert in self.session.pop_alerts():
             if isinstance(alert, self.lt.file_error_alert | self.lt.torrent_error_alert):
                 self.problem = self.problem or error_line(alert)
-            elif isinstance(alert, self.lt.cache_flushed_alert) and self.flushing:
-                self.done = self.flushing = self.whole()
-        if not self.done and not self.flushing and self.whole():
+            elif isinstance(alert, self.lt.torrent_checked_alert):
+                self.checked = True
+            elif isinstance(alert, self.lt.cache_flushed_alert):
+                self.flushes = max(self.flushes - 1, 0)
+        if self.done:
+            return
+        if self.flushing and not self.flushes:
+            self.done = self.whole()
+            self.flushing = False
+        elif not self.flushing and self.whole():
             # What was checked is not yet what others read from the disk.
             self.flushing = True
-            self.torrent.flush_cache()
+            self.flush()
+        elif time.monotonic() - self.flushed > FLUSH:
+            self.flush()
 
     def have(self) -> int:
         """Bytes of whole and verified pieces."""
@@ -626,21 +672,16 @@ class Serve:
 
     def whole(self) -> bool:
         """Whether every file that this host is to get is there."""
-        return not self.waiting and not self.checking() and self.have() == self.total()
+        return self.checked and self.have() == self.total()
 
     def total(self) -> int:
         """Bytes that this host is to have."""
         return sum(self.wanted.values())
 
-    def checking(self) -> bool:
-        """Whether it still reads what was there."""
-        status = self.torrent.status()
-        return status.state in (status.checking_files, status.checking_resume_data)
-
     def report(self) -> None:
         """Say how far this host is: when that changed, and once in a while."""
         status = self.torrent.status()
-        checking = self.checking()
+        checking = not self.checked
         state = "done" if self.done else "checking" if checking else "sending"
         state = "failed" if self.problem else state
         now = time.monotonic()
