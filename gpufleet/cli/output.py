@@ -315,7 +315,9 @@ def print_rows(headings: list[str], rows: list[list[str]]) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*headings, box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        for number, heading in enumerate(headings):
+            table.add_column(heading, no_wrap=number == 0)  # names stay whole
         for row in rows:
             table.add_row(*row)
         Console().print(table)

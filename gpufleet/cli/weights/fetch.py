@@ -9,8 +9,9 @@ The document of `fleet weights fetch --json` (`version` 1); what is unknown is n
                           "source": TEXT, "why": TEXT}, …]}, …]}
 
 `path` is below the store. STATE is "present" (it was there), "fetched", "picked" (from a folder
-of --from), "failed" (`why` says why), or "stopped" and "waiting" (Ctrl-C, or an error that ended
-the whole run, came first). `bytes` of a file that is not whole are kept for the next run.
+of --from), "failed" (`why` says why), or what it was about when Ctrl-C, or an error that ended the
+whole run, came: "waiting", "checking", "copying", "fetching", "resting", "stopped". `bytes` of a
+file that is not whole are kept for the next run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from gpufleet.errors import FleetError, UsageError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from gpufleet.weights.fetch.run import Fetch, File
+    from gpufleet.weights.fetch.run import Fetch
+    from gpufleet.weights.fetch.work import File
 
 VERSION = 1
 
@@ -105,13 +107,14 @@ def fetch(
     from gpufleet.weights.fetch import run
     from gpufleet.weights.fetch.endpoint import endpoints
     from gpufleet.weights.fetch.plan import Policy
+    from gpufleet.weights.fetch.work import Options
 
     if not names:
         raise UsageError("fleet weights fetch: name a model or a weight set; ./fleet weights list")
     sets = run.sets_of(names, parts)
     mirrors, weights = operator.read(inventory, limit or ()) if inventory else (None, Weights())
     root = store or (Path(weights.source).expanduser() if weights.source else stores.default())
-    chosen = run.Options(
+    chosen = Options(
         stores.Store(root.absolute()),
         endpoints(mirror, mirrors),
         hub.value if hub else weights.hub,
@@ -151,7 +154,7 @@ def _summary(fetching: Fetch, exit_code: int, names: list[str], seconds: float) 
     """The closing line."""
     from gpufleet.cli import output
     from gpufleet.weights.fetch import plan
-    from gpufleet.weights.fetch.run import DONE
+    from gpufleet.weights.fetch.work import DONE
 
     files = fetching.files
     done = [file for file in files if file.state in DONE]
@@ -213,7 +216,7 @@ class _Lines:
 
 def _overall(fetching: Fetch) -> str:
     from gpufleet.weights.fetch import plan
-    from gpufleet.weights.fetch.run import DONE
+    from gpufleet.weights.fetch.work import DONE
 
     files = fetching.files
     done = sum(file.state in DONE for file in files)
@@ -262,7 +265,7 @@ class _Bars:
 
     def watch(self, fetching: Fetch) -> None:
         """Bring the bars up to date."""
-        from gpufleet.weights.fetch.run import DONE
+        from gpufleet.weights.fetch.work import DONE
 
         for file in fetching.files:
             active = file.state in ("checking", "copying", "fetching", "resting")

@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from gpufleet.catalog import WeightSource
-from gpufleet.weights.fetch.plan import Content, Remote, retry_after
-from gpufleet.weights.fetch.transfer import broken
+from gpufleet.weights.fetch.plan import OPEN_GATE, Content, Remote, retry_after
+from gpufleet.weights.fetch.transfer import broken, untrusted
 
 #: Hugging Face's own address, which HF_ENDPOINT and mirrors stand in for.
 HUGGINGFACE = "https://huggingface.co"
@@ -139,8 +139,7 @@ def _huggingface(repository: str, kind: str, revision: str | None, endpoint: str
                 content = Content(one.lfs.size, one.lfs.sha256)
             files[one.rfilename] = Remote(one.rfilename, url, content)
     except errors.GatedRepoError:
-        why = f"is gated: accept its terms at {page}, then set HF_TOKEN or run hf auth login"
-        raise Refused(why) from None
+        raise Refused(f"is gated: {OPEN_GATE}: {page}") from None
     except errors.RepositoryNotFoundError:
         why = f"is not there, or private: look at {page}; for a private one set HF_TOKEN"
         raise Refused(why) from None
@@ -152,7 +151,7 @@ def _huggingface(repository: str, kind: str, revision: str | None, endpoint: str
         answer = error.response
         raise _refusal(answer.status_code, answer.headers.get("retry-after", "")) from None
     except httpx2.HTTPError as error:
-        raise Unreachable(broken(error)) from None
+        raise _unanswered(error) from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Unreachable("answers with no list of files: a login portal?") from None
     if not files:
@@ -182,7 +181,7 @@ def _modelscope(repository: str, revision: str | None, endpoint: str) -> _Files:
         said = answer.json()
         if not said.get("Success", True):
             raise Refused(f"answers {said.get('Code')}: {' '.join(str(said['Message']).split())}")
-        rows: list[dict[str, Any]] = [r for r in said["Data"]["Files"] if r["Type"] != "tree"]
+        rows: list[dict[str, Any]] = [r for r in said["Data"]["Files"] if r.get("Type") != "tree"]
         # Its answer names no commit; the newest of the files' own is the one that made it so.
         newest = max(rows, key=lambda row: row.get("CommittedDate", 0))
         commit = revision or str(newest.get("Revision") or wanted)
@@ -194,7 +193,7 @@ def _modelscope(repository: str, revision: str | None, endpoint: str) -> _Files:
     except requests.JSONDecodeError:
         raise Unreachable("answers with no list of files: a login portal?") from None
     except requests.RequestException as error:
-        raise Unreachable(broken(error)) from None
+        raise _unanswered(error) from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Unreachable("answers with no list of files") from None
     return commit, files, headers
@@ -206,3 +205,7 @@ def _refusal(status: int, rest: str) -> Refused | Unreachable:
     if status in (401, 403):
         return Refused(f"answers {status}: it is private, or access must be asked for there")
     return Refused(f"answers {status}")
+
+
+def _unanswered(error: Exception) -> Refused | Unreachable:
+    return Refused(broken(error)) if untrusted(error) else Unreachable(broken(error))

@@ -21,6 +21,9 @@ FOLDER = ".partial"
 
 _BLOCK = 1 << 20
 
+#: How often a folder is made that goes again.
+_TRIES = 100
+
 
 def where(store: Path, place: str, content: Content) -> Path:
     """The partial file of a content that gets the name `place` in the store."""
@@ -48,9 +51,17 @@ class Partial:
         """Bytes that the hash has seen: the file's first ones."""
 
     def __enter__(self) -> Partial:
+        tries = 0
         while True:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            except (FileNotFoundError, FileExistsError):
+                # Another was done there, and removed the empty folder.
+                tries += 1
+                if tries > _TRIES:
+                    raise
+                continue
             try:
                 while not _locked(self._file):
                     self._waiting()

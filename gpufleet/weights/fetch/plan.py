@@ -14,6 +14,9 @@ from gpufleet.catalog import ListedFile, WeightSet, WeightSource
 #: Room on the disk, in bytes, that a fetch leaves.
 MARGIN = 64 * 2**20
 
+#: What to do about a repository whose owner wants to know who takes it.
+OPEN_GATE = "accept its terms on its page, then set HF_TOKEN or run hf auth login"
+
 #: Seconds for which a server may ask to be left alone.
 LONGEST_REST = 3600.0
 
@@ -115,6 +118,8 @@ def judge(answer: Answer, asked_from: int, content: Content, now: float) -> Take
         return Turn("anew", "has no such range")
     if status in (408, 425, 429) or status >= 500:
         return Turn("later", f"answers {status}", retry_after(headers.get("retry-after", ""), now))
+    if headers.get("x-error-code") == "GatedRepo":
+        return Turn("never", f"is gated: {OPEN_GATE}")
     if status in (401, 403) and answer.moved:
         # The address that a hub sends us to is signed and runs out; the next one is fresh.
         return Turn("strike", f"answers {status} where it redirects to")

@@ -12,7 +12,7 @@ from typing import Any
 from gpufleet.catalog import WeightFile
 from gpufleet.errors import FleetError
 from gpufleet.weights.swarm.client import Member
-from gpufleet.weights.swarm.torrent import sources
+from gpufleet.weights.swarm.torrent import Source
 
 
 def say(message: dict[str, Any]) -> None:
@@ -33,11 +33,11 @@ async def main() -> None:
     except ImportError as error:
         return say({"failed": f"this machine's python has no libtorrent ({error}): use rsync"})
     files = [
-        (WeightFile(path=f["path"], bytes=f["bytes"], sha256=f["sha256"]), Path(f["place"]))
-        for f in given["files"]
+        Source(WeightFile(path=path, bytes=size, sha256=sha256), Path(place), tuple(stat))
+        for path, size, sha256, place, stat in given["files"]
     ]
     push = Push(
-        sources(files),
+        files,
         say,
         upload_kib=given["upload_kib"],
         quiet=given["quiet"],

@@ -127,10 +127,10 @@ class Link:
                 await asyncio.wait_for(self._gone.wait(), STOPPING)
         self._kill()
 
-    def meet(self, others: Mapping[str, Any]) -> None:
-        """Tell the host of the others."""
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Tell the host something, if it takes part now."""
         if self.local:
-            self._send({"peers": others})
+            self._send(message)
 
     def _kill(self) -> None:
         if self._ssh is not None and self._ssh.returncode is None:

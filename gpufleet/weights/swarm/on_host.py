@@ -15,6 +15,7 @@ import io
 import json
 import os
 import platform
+import random
 import secrets
 import selectors
 import shutil
@@ -33,8 +34,12 @@ CONNECT, AGAIN = 3.0, 4.0
 TRIES = 2
 #: How often a host says how far it is, in seconds, and at most while something happens.
 REPORT, TICK = 1.0, 0.1
+#: Where ssh's forward comes from: the operator's machine.
+LOOPBACK = frozenset({"127.0.0.1", "::1"})
 #: A unit that heard from another operator's process within so many seconds is in use.
 IN_USE = 20.0
+#: Pieces that a host asks the operator's machine for out of turn, at most at once.
+EXTRA = 4
 #: What a unit may use at most: of memory, page cache included, and days. The last is for a unit
 #: that somehow goes on hearing of a push that is over: it ends by itself long before (`quiet`).
 MEMORY, DAYS = "2G", 7
@@ -61,6 +66,8 @@ def settings(port: int, encrypt: bool) -> dict[str, Any]:
         "anonymous_mode": True,  # says nothing of its version and addresses
         "allow_multiple_connections_per_ip": True,  # all forwards come from 127.0.0.1
         "unchoke_slots_limit": -1,  # all are of one fleet: nobody is to be choked
+        "close_redundant_connections": False,  # who lacks pieces may find them again at once
+        "request_queue_time": 2,
         "connections_limit": 1000,
         "min_reconnect_time": 2,
         "max_failcount": 1000,
@@ -158,7 +165,7 @@ def start(unit: str, folder: str, staging: str, port: int, quiet: float) -> str:
     command = ["systemd-run", "--quiet", "--collect", f"--unit={unit}"]
     command += [f"--description=weights from other hosts, into {staging}"]
     command += [option for one in properties for option in ("-p", one)]
-    command += [sys.executable, "-B", f"{folder}/on_host.py", unit, str(port), str(quiet)]
+    command += [sys.executable, "-B", f"{folder}/on_host.py", str(port), str(quiet)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -377,7 +384,7 @@ class Peer:
 class Serve:
     """The unit: one torrent, one listener for peers, one for the engine, one for ssh."""
 
-    def __init__(self, unit: str, port: int, quiet: float) -> None:
+    def __init__(self, port: int, quiet: float) -> None:
         warnings.simplefilter("ignore")
         folder = os.path.dirname(os.path.abspath(__file__))
         sys.path.insert(0, f"{folder}/lib")
@@ -386,12 +393,16 @@ class Serve:
         self.lt: Any = libtorrent
         self.folder, self.port, self.quiet = folder, port, quiet
         self.heard = time.monotonic()
-        self.push = ""
+        self.name = self.push = ""
         self.session: Any = None
         self.torrent: Any = None
         self.peers: dict[str, Peer] = {}
         self.wanted: dict[int, int] = {}
         """Index and size of every file that this host is to get."""
+        self.waiting: set[int] = set()
+        """Pieces of those files that it does not ask for yet."""
+        self.turn = (0, 1)
+        """Which of how many hosts this one is: whose turn it is to ask for a piece first."""
         self.flushing = self.done = False
         self.problem = ""
         self.told = (0.0, "")
@@ -399,7 +410,7 @@ class Serve:
         self.streams: dict[socket.socket, bytes] = {}
         self.selector = selectors.DefaultSelector()
         self.control = socket.socket(socket.AF_UNIX)
-        self.control.bind(f"/run/{unit}/control")
+        self.control.bind(os.environ["RUNTIME_DIRECTORY"] + "/control")  # systemd's
         self.control.listen(8)
         self.selector.register(self.control, selectors.EVENT_READ)
 
@@ -416,6 +427,7 @@ class Serve:
                     self.read(key.fileobj)  # type: ignore[arg-type]
             if self.torrent is not None:
                 self.watch()
+                self.choose()
                 self.seek()
                 self.report()
 
@@ -437,7 +449,7 @@ class Serve:
             if "start" in message and self.torrent is None:
                 self.begin(message["start"])
             if "peers" in message:
-                self.meet(message["peers"])
+                self.meet(message)
             self.told = (0.0, "")  # whoever asks is answered at once
         return None
 
@@ -458,7 +470,7 @@ class Serve:
     def begin(self, given: dict[str, Any]) -> None:
         """Add the torrent: check what is there, then get what is not."""
         lt = self.lt
-        self.push = given["push"]
+        self.name, self.push = given["name"], given["push"]
         self.key = base64.b64decode(given["key"])
         rate = {"upload_rate_limit": 0, "download_rate_limit": 0}
         self.session = lt.session({**settings(self.port, given["encrypt"]), **rate})
@@ -467,16 +479,21 @@ class Serve:
         torrent.ti = lt.torrent_info(lt.bdecode(base64.b64decode(given["torrent"])))
         torrent.save_path = given["staging"]
         torrent.flags = quiet_flags(lt)
+        files, size = torrent.ti.files(), torrent.ti.piece_length()
         names: dict[int, str] = {}
-        priorities: list[int] = []
         for index, name in enumerate(file_names(torrent.ti)):
-            path = given["files"].get(name)
-            priorities.append(0 if name in given["files"] and path is None else 4)
-            if path is not None:
-                names[index] = path
-                self.wanted[index] = torrent.ti.files().file_size(index)
+            if name in given["files"]:
+                names[index] = given["files"][name]
+                self.wanted[index] = files.file_size(index)
+                first = files.file_offset(index) // size
+                self.waiting.update(range(first, first - -files.file_size(index) // size))
         torrent.renamed_files = names
-        torrent.file_priorities = priorities
+        self.turn = given["turn"]
+        mine = in_turn(self.waiting, self.turn)
+        self.waiting -= mine
+        torrent.piece_priorities = [
+            7 if piece in mine else 0 for piece in range(torrent.ti.num_pieces())
+        ]
         for path in given["empty"]:
             os.makedirs(os.path.dirname(os.path.join(given["staging"], path)), exist_ok=True)
             open(os.path.join(given["staging"], path), "wb").close()
@@ -521,8 +538,11 @@ class Serve:
                 except OSError:
                     continue
 
-    def meet(self, given: dict[str, Any]) -> None:
-        """Know the other hosts of the push from now on."""
+    def meet(self, message: dict[str, Any]) -> None:
+        """Know the other hosts of the push from now on, and which pieces are one's own to ask."""
+        given = message["peers"]
+        self.turn = message["turn"]
+        self.ask(in_turn(self.waiting, self.turn), 7)
         for name, one in given.items():
             old = self.peers.get(name)
             if old is None or (old.addresses, old.port) != (one["addresses"], one["port"]):
@@ -531,11 +551,36 @@ class Serve:
             del self.peers[name]
         self.allow(list(self.peers.values()))
 
-    def connected(self) -> set[str]:
-        """Addresses of the hosts that pieces are exchanged with."""
+    def ask(self, pieces: set[int], priority: int) -> None:
+        """Ask for these pieces from now on."""
+        if pieces:
+            self.waiting -= pieces
+            self.torrent.prioritize_pieces([(piece, priority) for piece in pieces])
+
+    def choose(self) -> None:
+        """Ask for the pieces that another host has by now.
+
+        So the operator's machine is asked for each by one host alone. It is asked for others out
+        of turn, a few at a time, by a host that has had its own: some host may be slow, or gone.
+        """
+        if not self.waiting or self.checking():
+            return
+        fed = bool(self.connected(LOOPBACK))
+        seen = self.torrent.piece_availability()
+        self.ask({piece for piece in self.waiting if seen[piece] > fed}, 2)
+        asked = self.torrent.get_piece_priorities()
+        held = self.torrent.status().pieces
+        open_ = sum(1 for piece, priority in enumerate(asked) if priority and not held[piece])
+        if open_ < EXTRA and self.waiting:
+            some = random.sample(sorted(self.waiting), min(EXTRA - open_, len(self.waiting)))
+            self.ask(set(some), 1)
+
+    def connected(self, among: frozenset[str] | None = None) -> set[str]:
+        """Addresses of the hosts that pieces are exchanged with, or of those `among` them."""
         busy = self.lt.peer_info.connecting | self.lt.peer_info.handshake
         found = {p.ip[0] for p in self.torrent.get_peer_info() if not p.flags & busy}
-        return {address.removeprefix("::ffff:") for address in found} - {"127.0.0.1", "::1"}
+        found = {address.removeprefix("::ffff:") for address in found}
+        return found - LOOPBACK if among is None else found & among
 
     def seek(self) -> None:
         """Try hosts that were not reached yet, and connect to those that are not connected."""
@@ -558,7 +603,8 @@ class Serve:
     def reach(self, peer: Peer) -> None:
         """Find a host and connect to it. Runs in a thread."""
         peer.try_()
-        if peer.at and not self.done:
+        # One of two begins: two connections at once would end each other.
+        if peer.at and not self.done and self.name > peer.name:
             self.torrent.connect_peer((peer.at, peer.port))
 
     def watch(self) -> None:
@@ -567,26 +613,41 @@ class Serve:
             if isinstance(alert, self.lt.file_error_alert | self.lt.torrent_error_alert):
                 self.problem = self.problem or error_line(alert)
             elif isinstance(alert, self.lt.cache_flushed_alert) and self.flushing:
-                self.done = self.torrent.status().is_finished
-                self.flushing = self.done
-        if not self.done and not self.flushing and self.torrent.status().is_finished:
+                self.done = self.flushing = self.whole()
+        if not self.done and not self.flushing and self.whole():
             # What was checked is not yet what others read from the disk.
             self.flushing = True
             self.torrent.flush_cache()
 
+    def have(self) -> int:
+        """Bytes of whole and verified pieces."""
+        pieces = self.torrent.file_progress(self.lt.file_progress_flags_t.piece_granularity)
+        return sum(min(pieces[index], size) for index, size in self.wanted.items())
+
+    def whole(self) -> bool:
+        """Whether every file that this host is to get is there."""
+        return not self.waiting and not self.checking() and self.have() == self.total()
+
+    def total(self) -> int:
+        """Bytes that this host is to have."""
+        return sum(self.wanted.values())
+
+    def checking(self) -> bool:
+        """Whether it still reads what was there."""
+        status = self.torrent.status()
+        return status.state in (status.checking_files, status.checking_resume_data)
+
     def report(self) -> None:
         """Say how far this host is: when that changed, and once in a while."""
         status = self.torrent.status()
-        checking = status.state in (status.checking_files, status.checking_resume_data)
+        checking = self.checking()
         state = "done" if self.done else "checking" if checking else "sending"
         state = "failed" if self.problem else state
         now = time.monotonic()
         if now - self.told[0] < REPORT and self.told[1] == state:
             return
         self.told = (now, state)
-        pieces = self.torrent.file_progress(1)  # whole and verified pieces only
-        total = sum(self.wanted.values())
-        have = sum(min(pieces[index], size) for index, size in self.wanted.items())
+        total, have = self.total(), self.have()
         self.send(
             {
                 "state": state,
@@ -600,6 +661,12 @@ class Serve:
                 "wheel_port": self.wheel_port,
             }
         )
+
+
+def in_turn(pieces: set[int], turn: tuple[int, int]) -> set[int]:
+    """Those of the pieces that this host, one of so many, asks the operator's machine for."""
+    number, hosts = turn
+    return {piece for piece in pieces if piece % hosts == number}
 
 
 def quiet_flags(lt: Any) -> int:
@@ -622,8 +689,8 @@ def error_line(alert: Any) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 3:
-        Serve(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])).run()
+    if len(sys.argv) > 2:
+        Serve(int(sys.argv[1]), float(sys.argv[2])).run()
     else:
         wrong = attach(globals()["SOURCE"])
         if wrong is not None:

@@ -84,7 +84,7 @@ class Push:
         content: Any = lt.bdecode(self._torrent.content)
         params.ti = lt.torrent_info(content)
         places = {
-            self._torrent.names[source.file.path]: str(source.place.absolute())
+            self._torrent.names[source.file.path]: str(source.place)
             for source in self._sources
             if source.file.bytes
         }
@@ -101,14 +101,6 @@ class Push:
     def join(self, member: Member) -> None:
         """Have a host take part."""
         link = self.links[member.name] = Link(member, self)
-        # Offering one host what no other has yet sends every piece once; but a host that does
-        # not want what it is offered would wait for ever.
-        paths = {source.file.path for source in self._sources}
-        flag = lt.torrent_flags.super_seeding
-        if all(set(one.member.paths) == paths for one in self.links.values()):
-            self._seed.set_flags(flag)
-        else:
-            self._seed.unset_flags(flag)
         self._tasks[member.name] = asyncio.create_task(link.run())
 
     def tell(self, host: str, progress: Progress) -> None:
@@ -124,14 +116,25 @@ class Push:
         names = self._torrent.names
         wanted = set(member.paths)
         return {
+            "name": member.name,
             "push": self.id,
             "key": self._key,
             "encrypt": self.encrypt,
             "torrent": base64.b64encode(self._torrent.content).decode(),
             "staging": member.staging,
-            "files": {name: path if path in wanted else None for path, name in names.items()},
+            "files": {name: path for path, name in names.items() if path in wanted},
+            "turn": self._turn(member.name),
             "empty": [path for path in self._torrent.empty if path in wanted],
         }
+
+    def _turn(self, name: str) -> tuple[int, int]:
+        """Which of how many hosts one is, so that each asks this machine for other pieces."""
+        left = [
+            one
+            for one, link in self.links.items()
+            if one == name or link.progress.state not in ("alone", "failed")
+        ]
+        return left.index(name), len(left)
 
     async def engine(self, link: Link) -> Wheel | str:
         """The engine for a host, or why there is none; waits for one of its kind to have it."""
@@ -174,7 +177,8 @@ class Push:
             if link.takes_part
         }
         for name, link in self.links.items():
-            link.meet({other: known[other] for other in known if other != name})
+            others = {other: known[other] for other in known if other != name}
+            link.send({"peers": others, "turn": self._turn(name)})
 
     def feed(self) -> None:
         """Connect to the hosts that are not done, each through its forward."""
