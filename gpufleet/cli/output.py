@@ -153,10 +153,10 @@ def overall(picture: Picture) -> str:
         return ""
     done, of = sum(one.bytes for one in every), sum(one.of for one in every)
     rate = sum(one.rate for one in going)
-    left = f", {duration((of - done) / rate)} left" if rate > 0 else ""
+    speed = f", {size(rate)}/s, {duration((of - done) / rate)} left" if rate > 0 else ""
     return (
-        f"weights: {len(every) - len(going)} of {len(every)} hosts, "
-        f"{100 * done // of} % of {size(of)}, {size(rate)}/s{left}"
+        f"weights: {len(every) - len(going)} of {len(every)} host{'s' * (len(every) != 1)}, "
+        f"{100 * done // of} % of {size(of)}{speed}"
     )
 
 

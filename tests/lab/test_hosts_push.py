@@ -116,6 +116,7 @@ def test_a_push_needs_nothing_deployed_and_the_next_one_a_single_command(
     whole(two)
 
 
+@pytest.mark.long
 def test_hosts_exchange_pieces_among_themselves(lab: Fleet, tmp_path: Path) -> None:
     for host in lab.hosts:
         host.sh(f"rm -rf {HOME}")
