@@ -7,7 +7,7 @@ The document of `fleet apply --json` (`version` 1):
      "hosts": [{"name": HOST, "state": "done"|"failed"|"unreachable"|"stopped"|"untouched",
                 "changed": N, "findings": [TEXT, …], "warnings": [TEXT, …],
                 "weights": null|{"via": "rsync"|"swarm"|"", "files": N, "bytes_sent": N,
-                                 "bytes_there": N, "seconds": S},
+                                 "bytes_there": N, "seconds": S, "why": TEXT},
                 "concerns": [{"name": CONCERN, "state": "ok"|"failed"|"stopped", "seconds": S,
                               "operations": N, "changed": [OPERATION, …]}, …]}, …]}
 
@@ -17,9 +17,9 @@ each host "pending": [{"concern": CONCERN, "operation": OPERATION}, …] instead
 
 "order" are the batches in which apply went, or would go (plan): the canaries, then the others;
 it is empty where all hosts go at once. "weights" are null where the run did not come to them or
-they failed; "via" is empty where nothing was sent. `fleet weights push --json` has "command":
-"weights push". A host is "untouched" where a failure or Ctrl-C ended the
-run before its batch: nothing was changed there.
+they failed; "via" is empty where nothing was sent, "why" says why it was not the swarm, where
+that was meant. `fleet weights push --json` has "command": "weights push". A host is "untouched"
+where a failure or Ctrl-C ended the run before its batch: nothing was changed there.
 """
 
 from __future__ import annotations
@@ -304,6 +304,7 @@ def _host(host: Host, command: str) -> dict[str, Any]:
         "bytes_sent": weights.sent,
         "bytes_there": weights.there,
         "seconds": weights.seconds,
+        "why": weights.why,
     }
     return {**common, "changed": host.changed, "weights": came, "concerns": concerns}
 
@@ -314,7 +315,9 @@ def print_rows(headings: list[str], rows: list[list[str]]) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*headings, box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        for number, heading in enumerate(headings):
+            table.add_column(heading, no_wrap=number == 0)  # names stay whole
         for row in rows:
             table.add_row(*row)
         Console().print(table)

@@ -30,6 +30,8 @@ _BLOCK = 1 << 18
 #: Bytes after which what was read only for this is given back to the system.
 _SPAN = 1 << 23
 _LIBC = ctypes.CDLL(None, use_errno=True)
+#: Not on macOS.
+_ADVICE = hasattr(os, "posix_fadvise")
 #: Seconds between two reports of progress.
 _TICK = 0.2
 #: Hosts that are checked side by side wait for one reading of the same files.
@@ -128,6 +130,9 @@ class Digests:
 
         begun, total = time.monotonic(), sum(sizes.values())
         pool = ThreadPool(min(len(paths), _cores()))
+        hub = gevent.get_hub()
+        errors = hub.NOT_ERROR
+        hub.NOT_ERROR = (*errors, KeyboardInterrupt)  # raised here; the hub would print it as well
         try:
             jobs = [pool.spawn(job, path) for path in paths]
             waiting = jobs
@@ -140,6 +145,7 @@ class Digests:
                 one.get()
             return found
         finally:
+            hub.NOT_ERROR = errors
             stopped.append(True)
             pool.kill()
 
@@ -201,9 +207,13 @@ class _PageCache:
         self._fd = stream.fileno()
         self._span = -1
         self._cold = False
+        self._next_is_cold = False
 
     def __enter__(self) -> _PageCache:
-        self.reaches(0)
+        if _ADVICE:
+            self._advise(0, 0, os.POSIX_FADV_SEQUENTIAL)
+            self._next_is_cold = not self._in_memory(0)
+            self.reaches(0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -211,30 +221,38 @@ class _PageCache:
 
     def reaches(self, offset: int) -> None:
         """To be called before the byte at `offset` is read."""
-        if offset // _SPAN == self._span:
+        span = offset // _SPAN
+        if span == self._span or not _ADVICE:
             return
         self._give_back()
-        self._span = offset // _SPAN
-        self._cold = hasattr(os, "posix_fadvise") and not self._in_memory()
+        self._span, self._cold = span, self._next_is_cold
+        # The disk works on the next span while this one is hashed; asked about before that.
+        self._next_is_cold = not self._in_memory(span + 1)
+        if self._next_is_cold:
+            self._advise((span + 1) * _SPAN, _SPAN, os.POSIX_FADV_WILLNEED)
 
     def _give_back(self) -> None:
         if self._cold:
-            os.posix_fadvise(self._fd, self._span * _SPAN, _SPAN, os.POSIX_FADV_DONTNEED)
+            self._advise(self._span * _SPAN, _SPAN, os.POSIX_FADV_DONTNEED)
 
-    def _in_memory(self) -> bool:
+    def _advise(self, start: int, length: int, advice: int) -> None:
+        with suppress(OSError):  # it is advice: a file is read without it as well
+            os.posix_fadvise(self._fd, start, length, advice)
+
+    def _in_memory(self, span: int) -> bool:
         """Whether most of the span is: its first pages may have been read ahead."""
-        start = self._span * _SPAN
+        start = span * _SPAN
         length = min(_SPAN, os.fstat(self._fd).st_size - start)
         if length <= 0:
             return True
         pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
         access = mmap.PROT_READ | mmap.PROT_WRITE  # ctypes asks for both; nothing is touched
         try:
-            span = mmap.mmap(self._fd, length, mmap.MAP_PRIVATE, access, offset=start)
+            view = mmap.mmap(self._fd, length, mmap.MAP_PRIVATE, access, offset=start)
         except (OSError, ValueError):  # as for a file of /proc
             return True
-        with span:
-            first = ctypes.c_char.from_buffer(span)
+        with view:
+            first = ctypes.c_char.from_buffer(view)
             failed = _LIBC.mincore(ctypes.c_void_p(ctypes.addressof(first)), length, pages)
             del first  # else the map cannot be closed
         return bool(failed) or 2 * sum(page & 1 for page in pages) > len(pages)

@@ -81,12 +81,18 @@ def tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _safetensors(path)
     with path.open("rb") as stream:
-        first = stream.read(len(LEGACY))
-    if first.startswith(ZIP):
+        zipped = stream.read(len(ZIP)) == ZIP
+    if zipped:
         return _zip(path)
-    if first == LEGACY:
+    if old(path):
         return _legacy(path)
     raise Damaged("is no checkpoint")
+
+
+def old(path: Path) -> bool:
+    """Whether a file has the format that torch wrote before 1.6. Raises OSError."""
+    with path.open("rb") as stream:
+        return stream.read(len(LEGACY)) == LEGACY
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -155,9 +161,10 @@ def _legacy(path: Path) -> dict[str, Tensor]:
             _Reader(stream, {}).whole()
         reader = _Reader(stream, {})
         found = _flat(reader.whole())
+        _Reader(stream, {}).whole()  # the names of the storages that follow
         needed = stream.tell() + sum(8 + length for length in reader.storages.values())
     if size < needed:
-        raise Damaged(f"is truncated: it has {size} bytes and needs more than {needed}")
+        raise Damaged(f"is truncated: {size} of {needed} bytes")
     return found
 
 
@@ -206,7 +213,9 @@ class _Reader(pickle.Unpickler):
             return self.load()
         except EOFError:
             raise Damaged("is truncated: it ends inside its index") from None
-        except Exception:  # whatever bytes that are no pickle lead to
+        except Exception as error:  # whatever bytes that are no pickle lead to
+            if isinstance(error, pickle.UnpicklingError) and "truncated" in str(error):
+                raise Damaged("is truncated: it ends inside its index") from None
             raise Damaged("has an index that cannot be read") from None
 
     def find_class(self, module: str, name: str) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpufleet.catalog import WeightSet
-from gpufleet.weights.headers import ZIP, Damaged, Tensor, tensors
+from gpufleet.weights.headers import ZIP, Damaged, Tensor, old, tensors
 
 Kind = Literal[
     "missing",
@@ -36,6 +36,7 @@ Kind = Literal[
     "wrong-part",
     "mixed-shards",
     "old-tokenizer",
+    "old-format",
 ]
 
 LFS = b"version https://git-lfs.github.com/spec/"
@@ -231,6 +232,14 @@ def pieces(path: Path) -> int:
     return int(count)
 
 
+#: The demo can read it; the merge cannot, and only what is to be merged is called wrong for it.
+_OLD = Flaw(
+    "old-format",
+    "has torch's format of before 1.6, which a merge cannot map into memory",
+    "load it and save it again with today's torch",
+)
+
+
 @dataclass(frozen=True)
 class Found:
     """A flaw and the file that has it; `path` is below the set's folder."""
@@ -276,6 +285,8 @@ def together(folder: Path, name: str, weights: WeightSet, paths: Sequence[str]) 
             what = f"lacks {tensor}, which the index says is in it: shards of two sets were mixed"
             found.append(Found(path, Flaw("mixed-shards", what)))
             break
+    if weights.kind in ("llama", "delta") and weights.made is None:
+        found += [Found(path, _OLD) for path in read if old(folder / path)]
     if weights.kind in ("llama", "delta"):
         found += _language(folder, name, weights, read, where)
     elif weights.kind in _PARTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ SEEN = "seen here, whole and consistent"
 
 
 #: Flaws that getting the file again would not mend: it came like this, or the disk is at fault.
-_NOT_BY_GETTING = {"unreadable", "old-tokenizer", "delta-not-merged"}
+_NOT_BY_GETTING = {"unreadable", "old-tokenizer", "old-format", "delta-not-merged"}
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,7 @@ def _seen(where: Store, weights: WeightSet, folder: Path, file: File, digests: D
         here = path.stat().st_size
         known = digests.known(path)
     except FileNotFoundError:
-        partial = (where.root / ".partial" / weights.place(file.path)).parent
-        begun = [one.stat().st_size for one in partial.glob(f"{_escaped(path.name)}.*")]
+        begun = _begun(where.root / ".partial" / weights.place(file.path))
         return replace(file, state="partial" if begun else "missing", here=max(begun, default=0))
     except OSError:
         flaw = inspect.flaw(path)
@@ -229,8 +229,12 @@ def _seen(where: Store, weights: WeightSet, folder: Path, file: File, digests: D
     return replace(file, state="here", here=here)
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in name)
+def _begun(place: Path) -> list[int]:
+    """Bytes of unfinished downloads of a file: its name, a dot, the first digits of its hash."""
+    if not place.parent.is_dir():
+        return []
+    named = re.compile(re.escape(place.name) + r"\.[0-9a-f]{0,16}")
+    return [one.stat().st_size for one in place.parent.iterdir() if named.fullmatch(one.name)]
 
 
 @dataclass

@@ -35,6 +35,8 @@ PATIENCE = 300.0
 SILENCE = 120
 #: Exit codes of rsync that a broken connection has (rsync(1)), and ssh's own.
 CUT = frozenset({10, 12, 30, 35, 255})
+# Those that a host's full disk may have.
+_HOST_FAILED = frozenset({10, 11, 12, 23})
 #: What ssh and rsync say where trying again changes nothing.
 _FINAL = re.compile(
     r"Permission denied|Host key verification|rsync: (command )?not found|"
@@ -367,6 +369,8 @@ def _rsync(order: Order, way: Way, meter: Meter, watched: Watched) -> int:
             meter.at(meter.of)
             return patience.broken
         why = _reason(said)
+        if code in _HOST_FAILED and _is_full(order, way, meter):
+            why = "No space left on device"  # what the host said of it may be lost
         if code not in CUT or _FINAL.search(why):
             raise FleetError(_failure(why, order, meter))
         patience.again(why, moved=meter.bytes > before, meter=meter)
@@ -445,6 +449,14 @@ def _rsync_once(
             child.terminate()
             child.wait()
         child.stdout.close()
+
+
+def _is_full(order: Order, way: Way, meter: Meter) -> bool:
+    """Whether the host has no room for what is still to come."""
+    line = script('df -Pk "$1" | tail -n 1', order.staging).get_raw_value()
+    done = subprocess.run(way.run(line), capture_output=True, text=True, check=False)
+    words = done.stdout.split()
+    return len(words) > 3 and words[3].isdigit() and int(words[3]) * 1024 < meter.of - meter.bytes
 
 
 def _reason(said: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from gpufleet.weights.inspect import Flaw, flaw
 
 PICO = ROOT / "files" / "weights" / "pico"
 SHARD = PICO / "vicuna-pico" / "pytorch_model-00003-of-00003.bin"
+REAL = sorted(path for path in PICO.rglob("*") if path.is_file())
 
 
 @pytest.fixture
@@ -139,7 +140,9 @@ def legacy(path: Path) -> Path:
 
 
 class TestOneFile:
-    @pytest.mark.parametrize("path", sorted(p for p in PICO.rglob("*") if p.is_file()), ids=str)
+    @pytest.mark.parametrize(
+        "path", sorted(p for p in PICO.rglob("*") if p.is_file()), ids=lambda p: p.name
+    )
     def test_every_real_file_is_well(self, path: Path):
         assert flaw(path) is None
         assert flaw(path, path.stat().st_size) is None
@@ -172,10 +175,11 @@ class TestOneFile:
             stream.truncate(20)
         assert said(path)[0] == "truncated"
 
-    def test_truncated_of_the_format_before_zip(self, tmp_path: Path):
+    @pytest.mark.parametrize("missing", [1, 20, 40, 60, 100])
+    def test_truncated_of_the_format_before_zip(self, tmp_path: Path, missing: int):
         path = legacy(tmp_path / "old.bin")
         with path.open("r+b") as stream:
-            stream.truncate(path.stat().st_size - 30)
+            stream.truncate(path.stat().st_size - missing)
         assert said(path)[0] == "truncated"
 
     def test_empty(self, tmp_path: Path):
@@ -378,6 +382,11 @@ class TestFilesBesideEachOther:
         one, other = sorted(folder.glob("*.bin"))[:2]
         shutil.copy(other, one)
         assert flaws(folder)[one.name].kind == "mixed-shards"
+
+    def test_the_format_before_zip_in_what_is_to_be_merged(self, tmp_path: Path):
+        legacy(tmp_path / "pytorch_model.bin")
+        assert flaws(tmp_path, "vicuna-pico-delta")["pytorch_model.bin"].kind == "old-format"
+        assert flaws(tmp_path, "vicuna-pico") == {}
 
     @pytest.mark.parametrize(
         ("name", "file"),

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pty
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,9 @@ import pytest
 import yaml
 
 from gpufleet import ROOT, catalog
+from gpufleet.cli.weights import verify
 from gpufleet.weights import stock
-from gpufleet.weights.digests import Digests
+from gpufleet.weights.digests import Digests, Progress
 from gpufleet.weights.store import Store
 
 PICO = ROOT / "files" / "weights" / "pico"
@@ -160,6 +165,7 @@ class TestVerify:
         partial = store / ".partial" / "eva_vit_pico.pth.35dcb5b89aa4d442"
         partial.parent.mkdir()
         partial.write_bytes(b"x" * 1000)
+        partial.with_name("eva_vit_pico.pth.index.json.35dcb5b89aa4d442").write_bytes(b"x" * 2000)
         found = stock.look("pico-vision", Store(store), Digests())
         assert (found.state, found.here, found.bytes) == ("partial", 1000, 1452183)
         (line,) = verified(store, "pico-vision").problems()
@@ -264,15 +270,21 @@ class TestTheCommand:
         assert (done.returncode, done.stderr) == (0, "")
         rows = {line.split()[0]: line for line in done.stdout.splitlines() if line}
         assert set(catalog.weight_sets()) | set(catalog.names()) <= set(rows)
-        assert "./fleet weights merge vicuna-7b-v0 or ./fleet weights fetch" in rows["vicuna-7b-v0"]
-        assert " missing " in rows["vicuna-7b-v0"]
-        assert " 9/9 " in rows["vicuna-pico"]
+        assert rows["vicuna-7b-v0"].split()[1:3] == ["missing", "0/?"]
+        assert rows["vicuna-7b-v0"].endswith(" merge or fetch")
+        assert rows["vicuna-pico"].split()[1:3] == ["here", "9/9"]
+        assert rows["vicuna-pico"].endswith(" verify")
 
     def test_a_set_that_is_to_be_merged_brings_what_it_is_made_of(
         self, fleet: Fleet, tmp_path: Path, store: Path
     ):
         names = [one["name"] for one in fleet.json("list", "vicuna-7b-v0")["sets"]]
         assert names == ["vicuna-7b-v0", "llama-7b-hf", "vicuna-7b-delta-v0"]
+        (first, *_) = fleet.json("list", "vicuna-7b-v0")["sets"]
+        assert first["next"] == [
+            "./fleet weights merge vicuna-7b-v0",
+            "./fleet weights fetch vicuna-7b-v0",
+        ]
         whole = fleet.json("list", "vicuna-pico", "--store", store)["sets"]
         assert [one["name"] for one in whole] == ["vicuna-pico"]
 
@@ -327,3 +339,51 @@ class TestTheCommand:
             assert (done.returncode, done.stdout) == (2, "")
             assert len(done.stderr.splitlines()) == 1
             assert "did you mean" in done.stderr
+
+
+class TestWhileFilesAreRead:
+    @pytest.fixture
+    def large(self, tmp_path: Path) -> tuple[str, Path]:
+        """A set with a file that takes a while to read, and the folder that it is in."""
+        with (tmp_path / "large.png").open("wb") as stream:
+            stream.truncate(20 << 30)
+        files = [{"path": "large.png"}]
+        return own(tmp_path, folder="", kind="pictures", include=[], files=files), tmp_path
+
+    def start(self, fleet: Fleet, large: tuple[str, Path], **streams: Any) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "gpufleet.cli", "weights", "verify", large[0]]
+        return subprocess.Popen(
+            [*command, "--store", str(large[1])],
+            cwd=ROOT,
+            env={**fleet.environment, "TERM": "xterm"},
+            stderr=subprocess.PIPE,
+            text=True,
+            **streams,
+        )
+
+    def test_a_terminal_has_a_bar_and_ctrl_c_ends_it_at_once(
+        self, fleet: Fleet, large: tuple[str, Path]
+    ):
+        ours, theirs = pty.openpty()
+        process = self.start(fleet, large, stdout=theirs)
+        os.close(theirs)
+        shown = b""
+        while b"/s" not in shown:
+            shown += os.read(ours, 4096)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        with suppress(OSError):  # the terminal is gone once the process is
+            while os.read(ours, 4096):
+                pass
+        _, errors = process.communicate(timeout=60)
+        assert b"hashing" in shown
+        assert time.monotonic() - begun < 10
+        assert (process.returncode, errors.strip()) == (130, "")
+
+    def test_a_pipe_has_a_line_now_and_then(self, capsys: pytest.CaptureFixture[str]):
+        show = verify._Lines()
+        show(Progress(done=500_000_000, of=1_000_000_000, rate=1e8))
+        assert capsys.readouterr().out == ""
+        show._next = 0
+        show(Progress(done=500_000_000, of=1_000_000_000, rate=1e8))
+        assert capsys.readouterr().out == "hashed 500.0 MB of 1.0 GB, 100.0 MB/s, 5.0 s left\n"

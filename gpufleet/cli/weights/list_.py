@@ -22,6 +22,7 @@ each of which would complete or mend the set. `served` says whether the demo can
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,9 @@ def list_sets(
         }
         print(json.dumps(document, ensure_ascii=False))
         return
-    headings = ["SET", "KIND", "STATE", "FILES", "SIZE", "SHA256", "FITS", "NEXT"]
+    headings = ["SET", "STATE", "FILES", "SIZE", "SHA256", "FITS", "NEXT"]
     output.print_rows(headings, [_row(one) for one in stocks])
+    print("NEXT is ./fleet weights merge, fetch or verify SET; --json has the whole commands")
     if models:
         print()
         rows = [
@@ -114,8 +116,10 @@ def _row(one: Stock) -> list[str]:
     known = {file.known for file in one.files}
     hashes = "-" if not known else "some" if len(known) > 1 and "no" in known else min(known)
     fits = ", ".join(one.weights.pairs)
-    following = " or ".join(one.next)
-    return [one.name, one.weights.kind, one.state, f"{whole}/{of}", amount, hashes, fits, following]
+    verbs = " or ".join(
+        re.sub(r"^\./fleet weights (\w+) .*", r"\1", command) for command in one.next
+    )
+    return [one.name, one.state, f"{whole}/{of}", amount, hashes, fits, verbs]
 
 
 def _state(model: Model, stocks: dict[str, Stock]) -> str:

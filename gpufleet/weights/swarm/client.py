@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from gpufleet.catalog import WeightFile
+from gpufleet.weights.swarm.torrent import sources
 
 #: How long the process may take to tell its hosts to stop, in seconds.
 CLOSING = 30.0
@@ -71,12 +72,18 @@ class Swarm:
         *,
         upload_kib: int = 0,
         quiet: float = 300.0,
+        encrypt: bool = False,
     ) -> None:
         """`files` are verified, each with its place on this machine.
 
         `upload_kib` is what this machine sends at most, KiB/s, to all hosts together; 0 is no
-        limit. A host that hears nothing for `quiet` seconds ends its part by itself.
+        limit. A host that hears nothing for `quiet` seconds ends its part by itself. `encrypt`
+        hides from the hosts' network what they exchange, at twice the CPU time.
+
+        Raises FleetError for a file that is missing or of another size; one that changes from now
+        on fails every host.
         """
+        self._sources = sources(files)
         self._lock = threading.Lock()
         self._last: dict[str, Progress] = {}
         self._queues: dict[str, queue.Queue[Progress]] = {}
@@ -93,11 +100,12 @@ class Swarm:
         self._say(
             {
                 "files": [
-                    {"path": f.path, "bytes": f.bytes, "sha256": f.sha256, "place": str(place)}
-                    for f, place in files
+                    [s.file.path, s.file.bytes, s.file.sha256, str(s.place.absolute()), s.stat]
+                    for s in self._sources
                 ],
                 "upload_kib": upload_kib,
                 "quiet": quiet,
+                "encrypt": encrypt,
             }
         )
         self._reader = threading.Thread(target=self._listen, daemon=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
+import hashlib
+from collections.abc import Mapping, Sequence
 
 #: Starting a swarm costs some seconds a host, and 8 MB once; below this much, rsync is as quick.
 WORTH_BYTES = 64 << 20
 
-#: Sizes of pieces, as BitTorrent allows them: powers of two of at least a block (BEP 52).
+#: What hashes are made of, in bytes (BEP 52).
+BLOCK = 16 << 10
+#: Sizes of pieces, as BitTorrent allows them: powers of two.
 SMALLEST_PIECE, LARGEST_PIECE = 1 << 18, 1 << 23
 #: About so many pieces are enough that every host always has some that another lacks.
 PIECES = 4096
@@ -31,12 +33,46 @@ def piece_size(total_bytes: int) -> int:
     return size
 
 
-def alone(reached: Mapping[str, AbstractSet[str]], name: str) -> bool:
+def alone(tried: Mapping[str, Mapping[str, bool | None]], name: str) -> bool:
     """Whether a host has others and neither reaches any of them nor is reached by one.
 
-    `reached` has every host that has tried, and the hosts that it reached.
+    `tried` has every host that takes part: the others it knows of, and whether it reached them,
+    None while that is open.
     """
-    others = reached.keys() - {name}
-    if name not in reached or not others:
-        return False
-    return not reached[name] & others and not any(name in reached[other] for other in others)
+    others = tried.keys() - {name}
+    ways = [tried[name].get(other) for other in others]
+    ways += [tried[other].get(name) for other in others]
+    return bool(others) and all(way is False for way in ways)
+
+
+def piece_root(data: bytes, leaves: int) -> bytes:
+    """The hash of a piece: the root of the tree over its blocks, filled up to so many leaves.
+
+    0 leaves are as many as a file of one piece needs.
+    """
+    hashes = [hashlib.sha256(data[at : at + BLOCK]).digest() for at in range(0, len(data), BLOCK)]
+    return _tree(hashes, leaves or _power(len(hashes)), bytes(32))
+
+
+def root(pieces: Sequence[bytes], size: int) -> bytes:
+    """The hash of a file, from those of its pieces of `size` bytes."""
+    filler = bytes(32)
+    for _ in range((size // BLOCK).bit_length() - 1):
+        filler = hashlib.sha256(filler * 2).digest()
+    return _tree(list(pieces), _power(len(pieces)), filler)
+
+
+def _power(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _tree(hashes: list[bytes], leaves: int, filler: bytes) -> bytes:
+    """The root of a binary tree over the hashes; leaves that are missing are `filler`."""
+    while leaves > 1:
+        if len(hashes) % 2:
+            hashes.append(filler)
+        pairs = zip(hashes[::2], hashes[1::2], strict=True)
+        hashes = [hashlib.sha256(left + right).digest() for left, right in pairs]
+        filler = hashlib.sha256(filler * 2).digest()
+        leaves //= 2
+    return hashes[0]
