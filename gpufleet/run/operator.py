@@ -12,12 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpufleet import settings
+from gpufleet import catalog, settings
 from gpufleet.errors import FleetError, UsageError
+from gpufleet.mirrors.choice import decide
 
 
 def read(path: Path, limit: Sequence[str] = ()) -> tuple[settings.Mirrors, settings.Weights]:
-    """The mirror and weight settings that all hosts of an inventory have, or those of `limit`.
+    """The mirror and weight settings of an inventory's hosts, as far as they concern this machine.
 
     Raises UsageError for an inventory or limit that is invalid, or whose hosts differ in them.
     """
@@ -41,13 +42,24 @@ def _print(path: Path, limit: Sequence[str]) -> None:
         settings.parse(host.data.dict(), host.name)
         for host in inventory.hosts(inventory.load(path, inventory.split(limit)))
     ]
-    if len({(one.mirrors.model_dump_json(), one.weights.model_dump_json()) for one in every}) > 1:
+    if len({_key(one) for one in every}) > 1:
         raise UsageError(
-            f"{path}: its hosts differ in mirrors or weights: name those that count with --limit"
+            f"{path}: its hosts differ in Hugging Face's mirror, weights.hub or weights.source: "
+            "name those that count with --limit"
         )
     one = every[0]
     said = {"mirrors": one.mirrors.model_dump(mode="json", exclude_defaults=True)}
     print(json.dumps({**said, "weights": one.weights.model_dump(mode="json")}))
+
+
+def _key(one: settings.Settings) -> str:
+    """What must be the same for all hosts: bandwidth, cloud and the like are the hosts' own."""
+    mirrors, weights = one.mirrors, one.weights
+    hub = "auto"
+    if mirrors.pinned.get("hf", mirrors.site) != "auto":
+        hub = decide(mirrors, catalog.mirrors()).picks["hf"].name
+    known = mirrors.model_dump_json(include={"sites", "exclude"})
+    return json.dumps([hub, known, weights.hub, weights.source])
 
 
 if __name__ == "__main__":

@@ -93,9 +93,18 @@ def test_an_inventory_says_what_concerns_this_machine(tmp_path: Path):
 def test_an_inventory_whose_hosts_differ_is_refused(tmp_path: Path):
     inventory = tmp_path / "mine.py"
     inventory.write_text("hosts = ['10.0.0.1', ('10.0.0.2', {'weights': {'hub': 'modelscope'}})]\n")
-    with pytest.raises(UsageError, match="its hosts differ in mirrors or weights"):
+    with pytest.raises(UsageError, match="its hosts differ in Hugging Face"):
         operator.read(inventory)
     assert operator.read(inventory, ["10.0.0.2"])[1].hub == "modelscope"
+
+
+def test_an_inventory_s_hosts_may_differ_in_what_is_their_own(tmp_path: Path):
+    inventory = tmp_path / "mine.py"
+    inventory.write_text(
+        "hosts = [('10.0.0.1', {'weights': {'bandwidth_kib': 9}}),"
+        " ('10.0.0.2', {'mirrors': {'provider': 'aliyun', 'site': 'nju'}})]\n"
+    )
+    assert operator.read(inventory)[1].hub == "huggingface"
 
 
 def test_an_inventory_that_is_not_there_is_one_line(tmp_path: Path):
