@@ -210,7 +210,7 @@ def test_a_cut_ssh_is_made_again_and_the_unit_goes_on_meanwhile(
     with pushing(lab3.hosts, tmp_path, upload_kib=1500) as trial:
         trial.half(one)
         before = one.show("MainPID", unit_of(STAGING))
-        one.sh("kill $(pgrep -f 'sshd: root@notty' | grep -vw $PPID) || true")
+        one.try_("kill $(pgrep -f 'sshd: root@notty')")
         until(lambda: any("trying again" in p.why for p in trial.seen[one.name]), "it is noticed")
         trial.half(one, 0.5)
         assert one.show("MainPID", unit_of(STAGING)) == before

@@ -43,7 +43,9 @@ PURE = {
 
 #: Folders of gpufleet that are no concern: what runs deploys, boots labs and talks to people.
 ABOVE = {"cli", "lab", "run"}
-CONCERNS = {path.parent.name for path in MODULES if path.name == "plan.py"} - ABOVE
+CONCERNS = {
+    path.relative_to(ROOT / "gpufleet").parts[0] for path in MODULES if path.name == "plan.py"
+} - ABOVE
 
 
 def name_of(path: Path) -> str:
@@ -101,7 +103,7 @@ class TestConcerns:
         assert [name for name in imports(path) if name.startswith(above)] == []
 
     def test_use_only_the_decisions_or_the_facts_of_another_concern(self, path: Path):
-        own = path.parent.name
+        own = path.relative_to(ROOT / "gpufleet").parts[0]
         for name in imports(path):
             parts = name.split(".")
             if parts[0] == "gpufleet" and parts[1:2] and parts[1] in CONCERNS - {own}:
