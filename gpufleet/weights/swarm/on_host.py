@@ -254,7 +254,9 @@ def attach(source: bytes) -> dict[str, Any] | None:
     wanted = json.loads(lines.readline())
     staging, push, port = wanted["staging"], wanted["push"], wanted["port"]
     unit, folder = unit_of(staging), staging.rstrip("/") + ".swarm"
-    whose = occupied(unit, push) if active(unit) else None
+    until = time.monotonic() + IN_USE + 5
+    while (whose := occupied(unit, push) if active(unit) else None) and time.monotonic() < until:
+        time.sleep(1)
     if whose:
         return {"failed": f"another push to {staging} goes on"}
     if whose is None:
@@ -477,7 +479,8 @@ class Serve:
         for line in lines:
             message = json.loads(line)
             if "who" in message:
-                self.send({"push": self.push, "heard": time.monotonic() - self.heard}, stream)
+                heard = time.monotonic() - self.heard if len(self.streams) > 1 else IN_USE
+                self.send({"push": self.push, "heard": heard}, stream)
                 continue
             self.heard = time.monotonic()
             if "start" in message and self.torrent is None:
