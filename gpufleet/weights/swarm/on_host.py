@@ -34,7 +34,7 @@ CONNECT, AGAIN = 3.0, 4.0
 #: Tries after which a host counts as out of reach.
 TRIES = 2
 #: How often a host says how far it is, in seconds, and at most while something happens.
-REPORT, TICK = 1.0, 0.1
+REPORT, TICK = 1.0, 0.2
 #: How often what was received is written down, in seconds: a host that dies has it then.
 FLUSH = 5.0
 #: Where ssh's forward comes from: the operator's machine.
