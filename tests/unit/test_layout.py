@@ -44,7 +44,9 @@ PURE = {
 
 #: Folders of gpufleet that are no concern: what runs deploys, boots labs and talks to people.
 ABOVE = {"cli", "lab", "run"}
-CONCERNS = {path.parent.name for path in MODULES if path.name == "plan.py"} - ABOVE
+CONCERNS = {
+    path.relative_to(ROOT / "gpufleet").parts[0] for path in MODULES if path.name == "plan.py"
+} - ABOVE
 
 
 def name_of(path: Path) -> str:
