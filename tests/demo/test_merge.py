@@ -249,7 +249,9 @@ def start(made: Pair, output: Path, **how: Any) -> subprocess.Popen[str]:
 
 def last(process: subprocess.Popen[str]) -> dict[str, Any]:
     """What a merge says in the end."""
-    said, _ = process.communicate(timeout=300)
+    assert process.stdout is not None
+    said = process.stdout.read()
+    process.wait(timeout=60)
     return dict(json.loads(said.splitlines()[-1]))
 
 
@@ -263,6 +265,15 @@ def no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.mark.usefixtures("no_temporary_folder")
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_merge_uses_no_temporary_folder(tmp_path: Path, form: str):
+    pico = Pair(PICO / "llama-pico-base", PICO / "vicuna-pico-delta", read(PICO / "vicuna-pico"))
+    process = start(pico, tmp_path / "out", form=form)
+    assert last(process)["state"] == "merged"
+    assert process.returncode == 0
+    assert_same(read(tmp_path / "out"), pico.right)
+
+
 def test_a_merge_ends_with_whoever_started_it(version: Pair, tmp_path: Path):
     process = start(version, tmp_path / "out")
     assert process.stdin is not None
