@@ -67,6 +67,8 @@ class ListedFile(_Entry):
     """Below the set's folder."""
     bytes: Annotated[int, Field(ge=0)] | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    """Where nobody has published the sha256: proves the first sight of the file."""
 
 
 _Repository = Annotated[

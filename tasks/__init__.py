@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pyinfra import host, logger, state
 from pyinfra.api import DeployError
 
 from gpufleet import catalog
-from gpufleet.catalog import Model
+from gpufleet.catalog import Model, WeightFile
 from gpufleet.errors import FleetError
 from gpufleet.mirrors import probe
 from gpufleet.mirrors.choice import Choice
 from gpufleet.mirrors.facts import MirrorFiles, MirrorProbe
 from gpufleet.mirrors.plan import AptSources
 from gpufleet.run.events import emit
+from gpufleet.run.override import settled
 from gpufleet.seen import fresh
 from gpufleet.settings import Settings, parse
+from gpufleet.weights import local
 
 
 def current() -> tuple[Settings, Model]:
@@ -23,10 +27,21 @@ def current() -> tuple[Settings, Model]:
     Raises DeployError, one line that names the host, if either is invalid.
     """
     try:
-        settings = parse(host.data.dict(), host.name)
+        settings = settled(parse(host.data.dict(), host.name))
         return settings, catalog.model(settings.model)
     except FleetError as error:
         raise DeployError(str(error)) from None
+
+
+def weight_files(settings: Settings, model: Model) -> tuple[tuple[WeightFile, ...], Path]:
+    """Every file that the host at hand needs for its model, and the folder here that has them.
+
+    Raises DeployError, one line that names the host, where that is not known.
+    """
+    try:
+        return local.files(settings, model), local.source(settings, model)
+    except FleetError as error:
+        raise DeployError(f"{host.name}: {error}") from None
 
 
 def warn(concern: str, message: str) -> None:

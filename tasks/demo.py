@@ -13,9 +13,8 @@ from gpufleet.errors import FleetError
 from gpufleet.managed import operations as managed
 from gpufleet.python_env import operations as environments
 from gpufleet.python_env.conda import digests
-from gpufleet.weights import local as weights
-from gpufleet.weights.plan import manifest_digest
-from tasks import current
+from gpufleet.weights.plan import folder, version
+from tasks import current, weight_files
 
 
 @deploy("demo")
@@ -23,6 +22,7 @@ def demo() -> None:
     """Put the application on the host, write its unit, run it, remove what it replaced."""
     settings, model = current()
     root = str(settings.root)
+    weights = version(settings.model, weight_files(settings, model)[0])
     app = pack(ROOT / "files" / "demo" / "modeldemo")
     try:
         kept = digests(settings)
@@ -31,14 +31,21 @@ def demo() -> None:
             model,
             environment=kept[0],
             application=app.digest,
-            manifest=manifest_digest(weights.files(settings, model)),
-            config=digest(*(file.content for file in files(settings, model))),
+            weights=weights,
+            config=digest(
+                *(file.content for file in files(settings, model, folder(root, weights)))
+            ),
         )
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
     operations.application(name=f"Install the application {app.digest}", root=root, app=app)
     managed.files(name="Write the service's unit", wanted=[file])
-    operations.running(name="Run the service", root=root, revision=revision)
+    operations.running(
+        name="Run the service",
+        root=root,
+        weights=str(folder(root, weights)),
+        revision=revision,
+    )
     # Only now: until the restart, the service ran on them.
     operations.prune(name="Remove older applications", root=root, keep=app.digest)
     environments.prune(name="Remove older environments", root=root, keep=kept)

@@ -8,7 +8,9 @@ from pyinfra.api import DeployError, deploy
 from gpufleet.demo import operations
 from gpufleet.demo.plan import address
 from gpufleet.errors import FleetError
-from tasks import current
+from gpufleet.weights import operations as weights
+from gpufleet.weights.plan import folder, version
+from tasks import current, weight_files
 
 
 @deploy("health")
@@ -19,12 +21,22 @@ def health() -> None:
         question = model.question
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
+    files, _ = weight_files(settings, model)
+    here = folder(settings.root, version(settings.model, files))
     operations.answers(
         name="Ask the demo",
         address=address(settings),
         model=settings.model,
-        picture=f"{settings.root}/weights/{settings.model}/{question.picture}",
+        picture=str(here / question.picture),
         question=question.question,
         expected=question.answer,
         timeout=settings.health.timeout,
+    )
+    # Only now: had it not answered, the files before would still be wanted.
+    weights.pruned(
+        name="Remove older weights",
+        root=str(settings.root),
+        model=settings.model,
+        files=files,
+        keep=settings.weights.keep,
     )

@@ -12,7 +12,7 @@ from pyinfra.api.host import Host
 from pyinfra.context import ctx_host
 
 from gpufleet import catalog
-from gpufleet.catalog import Drivers
+from gpufleet.catalog import Drivers, WeightFile
 from gpufleet.driver.facts import GpuFacts
 from gpufleet.errors import FleetError
 from gpufleet.kernel.facts import KernelFacts
@@ -23,10 +23,12 @@ from gpufleet.preflight.plan import driver_findings, findings
 from gpufleet.python_env.conda import check_installer, pair_findings, recipes
 from gpufleet.python_env.plan import PYTHON, lock_for
 from gpufleet.run.events import emit
-from gpufleet.run.only import selected
+from gpufleet.run.only import alone, selected
+from gpufleet.run.override import settled
 from gpufleet.seen import fresh
 from gpufleet.settings import Settings, parse
 from gpufleet.weights.local import check_source
+from gpufleet.weights.local import files as weight_files
 
 # One report a run: pyinfra loads the deploy once a host, and the first host that comes here asks
 # all of them, so that the report is whole before the first host may go on.
@@ -41,10 +43,10 @@ def _check(one: Host) -> list[str]:
         found.append(str(error).removeprefix(f"{one.name}: "))
 
     try:
-        settings = parse(one.data.dict(), one.name)
+        settings = settled(parse(one.data.dict(), one.name))
         model = catalog.model(settings.model)
         drivers = catalog.drivers()
-        environment = selected("python_env")
+        pushing, environment = alone("weights"), selected("python_env")
         python = lock_for(settings.accelerator).python if environment else PYTHON
         made = recipes(settings) if environment else ()
         if settings.python_env.manager != "uv" and environment:
@@ -58,8 +60,12 @@ def _check(one: Host) -> list[str]:
         noted(error)
     if selected("demo") and not model.served:
         noted(FleetError(catalog.NOT_SERVED.format(title=model.title)))
+    files: tuple[WeightFile, ...] = ()
     try:
-        found += check_source(settings, model)
+        wrong = check_source(settings, model)
+        found += wrong
+        if not wrong and selected("weights"):
+            files = weight_files(settings, model)
     except FleetError as error:
         noted(error)
     if not one.connected:  # its settings are checked all the same; the connection is reported
@@ -90,6 +96,8 @@ def _check(one: Host) -> list[str]:
             python,
             environment=environment,
             driver=verdict,
+            files=files,
+            serving=not pushing,
         )
         + pair_findings(made, picture.driver, picture.gpus, drivers)
     )

@@ -6,6 +6,8 @@ The document of `fleet apply --json` (`version` 1):
      "seconds": S, "log": FILE, "errors": [LINE, …], "order": [[HOST, …], …],
      "hosts": [{"name": HOST, "state": "done"|"failed"|"unreachable"|"stopped"|"untouched",
                 "changed": N, "findings": [TEXT, …], "warnings": [TEXT, …],
+                "weights": null|{"via": "rsync"|"swarm"|"", "files": N, "bytes_sent": N,
+                                 "bytes_there": N, "seconds": S, "why": TEXT},
                 "concerns": [{"name": CONCERN, "state": "ok"|"failed"|"stopped", "seconds": S,
                               "operations": N, "changed": [OPERATION, …]}, …]}, …]}
 
@@ -14,8 +16,10 @@ each host "pending": [{"concern": CONCERN, "operation": OPERATION}, …] instead
 "concerns". Times are in seconds.
 
 "order" are the batches in which apply went, or would go (plan): the canaries, then the others;
-it is empty where all hosts go at once. A host is "untouched" where a failure or Ctrl-C ended the
-run before its batch: nothing was changed there.
+it is empty where all hosts go at once. "weights" are null where the run did not come to them or
+they failed; "via" is empty where nothing was sent, "why" says why it was not the swarm, where
+that was meant. `fleet weights push --json` has "command": "weights push". A host is "untouched"
+where a failure or Ctrl-C ended the run before its batch: nothing was changed there.
 """
 
 from __future__ import annotations
@@ -30,10 +34,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
     from gpufleet.run.events import Concern, Host, Picture
     from gpufleet.run.pyinfra import Result, Watch
+    from gpufleet.weights.plan import Progress
 
 VERSION = 1
 
@@ -72,11 +78,13 @@ def watching(as_json: bool, verbose: bool) -> Iterator[Watch]:
 
 
 class _Lines:
-    """A line for each host and concern when it ends, and for each batch when it begins."""
+    """A line for each host and concern when it ends, for each batch when it begins, and at every
+    tenth of a host's weights."""
 
     def __init__(self) -> None:
         self.shown: set[tuple[str, str]] = set()
         self.batches = 0
+        self.steps: dict[str, str] = {}
 
     def __call__(self, picture: Picture) -> None:
         # What ended before a batch began is printed before it.
@@ -84,6 +92,15 @@ class _Lines:
         for batch in picture.order[self.batches :]:
             print(f"next: {batch}", flush=True)
         self.batches = len(picture.order)
+        for host in picture.hosts.values():
+            if host.weights and host.state == "running":
+                self._travelled(host.name, host.weights)
+
+    def _travelled(self, name: str, weights: Progress) -> None:
+        step = f"{weights.state} {10 * weights.bytes // max(weights.of, 1)}"
+        if weights.state not in ("done", "waiting") and self.steps.get(name) != step:
+            self.steps[name] = step
+            print(f"{name} weights: {travelling(weights)}", flush=True)
 
     def _ended(self, picture: Picture) -> None:
         for host, concern in picture.ended():
@@ -105,12 +122,55 @@ def _live() -> Iterator[Watch]:
         nonlocal latest
         latest = picture
 
-    with Live(get_renderable=lambda: table(latest), refresh_per_second=4):
+    with Live(get_renderable=lambda: screen(latest), refresh_per_second=4):
         yield watch
+
+
+def travelling(weights: Progress) -> str:
+    """How far a host's weights are, in words."""
+    from gpufleet.weights.plan import size
+
+    if weights.state == "verifying":
+        return "the host verifies what arrived"
+    if weights.state in ("waiting", "starting", "cut"):
+        return weights.why or {"cut": "the connection broke"}.get(weights.state, "begins")
+    said = [f"{100 * weights.bytes // max(weights.of, 1)} % of {size(weights.of)}"]
+    if weights.rate > 0:
+        left = duration((weights.of - weights.bytes) / weights.rate)
+        said += [f"{size(weights.rate)}/s", f"{left} left"]
+    if weights.via == "swarm":
+        said.append(f"{weights.peers} peer{'s' * (weights.peers != 1)}")
+    return ", ".join(said)
+
+
+def overall(picture: Picture) -> str:
+    """How far the weights of all hosts together are; empty where none travel."""
+    from gpufleet.weights.plan import size
+
+    every = [host.weights for host in picture.hosts.values() if host.weights and host.weights.of]
+    going = [one for one in every if one.state != "done"]
+    if not going:
+        return ""
+    done, of = sum(one.bytes for one in every), sum(one.of for one in every)
+    rate = sum(one.rate for one in going)
+    left = f", {duration((of - done) / rate)} left" if rate > 0 else ""
+    return (
+        f"weights: {len(every) - len(going)} of {len(every)} hosts, "
+        f"{100 * done // of} % of {size(of)}, {size(rate)}/s{left}"
+    )
+
+
+def screen(picture: Picture) -> Group:
+    """What a terminal shows while a run goes on."""
+    from rich.console import Group
+
+    line = overall(picture)
+    return Group(table(picture), *([line] if line else []))
 
 
 def table(picture: Picture) -> Table:
     """One row a host: what it does now, since when, what has changed so far."""
+    from rich.progress_bar import ProgressBar
     from rich.table import Table
 
     rows = Table(box=None, pad_edge=False)
@@ -123,10 +183,13 @@ def table(picture: Picture) -> Table:
             if concern.changed
         )
         goes_on = host.state in ("connecting", "preparing", "running")
+        now: str | Table = host.state
         if host.state == "running":
             now = host.operation or "waits for the other hosts"
-        else:
-            now = host.state
+            if host.concern == "weights" and host.operation and host.weights:
+                now = Table.grid(padding=(0, 1))
+                bar = ProgressBar(max(host.weights.of, 1), host.weights.bytes, width=16)
+                now.add_row(bar, travelling(host.weights))
         since = duration(max(time.time() - host.since, 0)) if goes_on else ""
         concern = host.concern if host.state != "done" else ""
         style = "" if host.ok else "dim" if host.state == "untouched" else "red"
@@ -142,6 +205,9 @@ def finish(result: Result, as_json: bool) -> int:
     for host in result.hosts:
         for warning in host.warnings:
             print(f"{host.name}: warning: {warning}")
+    for host in result.hosts:
+        if line := arrived(host, always=result.command == "weights push"):
+            print(line)
     for error in result.errors:
         print(error, file=sys.stderr)
     for host in result.hosts:
@@ -151,6 +217,22 @@ def finish(result: Result, as_json: bool) -> int:
         print(f"order of apply: {'; then '.join(map(str, result.order))}")
     print(summary(result), flush=True)
     return result.exit_code
+
+
+def arrived(host: Host, always: bool) -> str:
+    """A line for the weights that a host got; `always`: also where it had them all."""
+    from gpufleet.weights.plan import size
+
+    weights = host.weights
+    if weights is None or weights.state != "done" or not (weights.via or always):
+        return ""
+    files = f"{host.name} weights: {weights.files} file{'s' * (weights.files != 1)}"
+    if not weights.via:
+        return f"{files}, {size(weights.there)} were there"
+    return (
+        f"{files}, {size(weights.sent)} sent by {weights.via}, {size(weights.there)} were there, "
+        f"{duration(weights.seconds)}" + (f" (no swarm: {weights.why})" if weights.why else "")
+    )
 
 
 def summary(result: Result) -> str:
@@ -215,7 +297,16 @@ def _host(host: Host, command: str) -> dict[str, Any]:
         }
         for concern in host.concerns.values()
     ]
-    return {**common, "changed": host.changed, "concerns": concerns}
+    weights = host.weights if host.weights and host.weights.state == "done" else None
+    came = weights and {
+        "via": weights.via,
+        "files": weights.files,
+        "bytes_sent": weights.sent,
+        "bytes_there": weights.there,
+        "seconds": weights.seconds,
+        "why": weights.why,
+    }
+    return {**common, "changed": host.changed, "weights": came, "concerns": concerns}
 
 
 def print_rows(headings: list[str], rows: list[list[str]]) -> None:
@@ -224,7 +315,9 @@ def print_rows(headings: list[str], rows: list[list[str]]) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*headings, box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        for number, heading in enumerate(headings):
+            table.add_column(heading, no_wrap=number == 0)  # names stay whole
         for row in rows:
             table.add_row(*row)
         Console().print(table)

@@ -47,6 +47,7 @@ FOLDERS = {
     Part.long: (
         "tests/lab/test_hosts_driver.py",
         "tests/lab/test_hosts_driver_faults.py",
+        "tests/lab/test_hosts_push.py",
         "tests/lab/test_hosts_swarm.py",
         "tests/lab/test_hosts_ubuntu.py",
         "tests/vm/test_kernel_story.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
 from gpufleet import render
@@ -11,12 +12,15 @@ from gpufleet.managed.plan import ManagedFile
 from gpufleet.settings import Settings
 
 
-def files(settings: Settings, model: Model) -> tuple[ManagedFile, ManagedFile]:
+def files(
+    settings: Settings, model: Model, weights: PurePosixPath
+) -> tuple[ManagedFile, ManagedFile]:
     """minigpt4.yaml and minigpt4_eval.yaml for this host, rendered and parsed back.
+
+    `weights` is the folder on the host that the model's files are in.
 
     Raises FleetError if a value did not survive the template, or the model is not served.
     """
-    weights = settings.root / "weights" / settings.model
     parts = model.parts
     paths = {
         "vit_path": str(weights / parts.vit_file),

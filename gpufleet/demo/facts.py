@@ -9,9 +9,10 @@ from pyinfra.api import FactBase, StringCommand
 from gpufleet.demo.plan import UNIT, Answer, Service, parse, parse_answer
 from gpufleet.shell import script
 
-# $1 unit, $2 address that /healthz is asked at, or empty, $3 folder of the deploy, or empty: a
-# file that changed there after the process started is not what the process read. The revision is
-# read where it counts: in the running process, not in what systemd would start.
+# $1 unit, $2 address that /healthz is asked at, or empty, $3 folder of the deploy, or empty, $4
+# that of the weights: a file that changed there after the process started is not what the process
+# read. The revision is read where it counts: in the running process, not in what systemd would
+# start.
 _SERVICE = r"""
 systemctl show "$1" -p ActiveState,UnitFileState,NeedDaemonReload \
   -p MemoryCurrent,ActiveEnterTimestamp
@@ -19,7 +20,8 @@ f=/etc/systemd/system/$1
 started=$(systemctl show --timestamp=us "$1" -p ExecMainStartTimestamp --value)
 if [ -n "$started" ] && [ -n "$3" ]; then
   printf 'changed_since='
-  find "$f" "$3/config" "$3/weights" "$3/app" -type f -newerct "$started" 2>/dev/null | head -n 1
+  find -L "$f" "$3/config" ${4:+"$4"} "$3/app" -type f -newerct "$started" 2>/dev/null |
+    head -n 1
   echo
 fi
 [ -r "$f" ] && sed -n 's/^Environment=MODELDEMO_REVISION=/revision_on_disk=/p' "$f"
@@ -34,8 +36,8 @@ if [ -n "$2" ]; then printf 'health='; curl -s -m 5 "$2/healthz" | tr '\n' ' '; 
 class DemoService(FactBase[Service]):
     """The demo's unit, its running revision and what /healthz answers: `Service`."""
 
-    def command(self, address: str = "", root: str = "") -> StringCommand:
-        return script(_SERVICE, UNIT, address, root)
+    def command(self, address: str = "", root: str = "", weights: str = "") -> StringCommand:
+        return script(_SERVICE, UNIT, address, root, weights)
 
     @staticmethod
     def default() -> Service:

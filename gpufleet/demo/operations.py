@@ -49,12 +49,13 @@ def application(*, root: str, app: Application) -> Generator[FileUploadCommand |
 
 
 @operation()
-def running(*, root: str, revision: str) -> Generator[StringCommand]:
+def running(*, root: str, weights: str, revision: str) -> Generator[StringCommand]:
     """Run the service, enabled, at this revision.
 
-    It is restarted if it runs another one, or if a file of the deploy changed after it started.
+    It is restarted if it runs another one, or if a file of the deploy, or of the folder `weights`,
+    changed after it started.
     """
-    if is_current(host.get_fact(DemoService, root=root), revision):
+    if is_current(host.get_fact(DemoService, root=root, weights=weights), revision):
         host.noop(f"revision {revision} runs")
         return
     yield script(_START, UNIT)

@@ -15,6 +15,7 @@ from gpufleet import render
 from gpufleet.catalog import Model
 from gpufleet.managed.plan import ManagedFile
 from gpufleet.settings import Settings
+from gpufleet.weights.plan import folder as weights_folder
 
 #: The service's name on every host.
 UNIT = "minigpt4-demo.service"
@@ -108,13 +109,14 @@ def unit(
     *,
     environment: str,
     application: str,
-    manifest: str,
+    weights: str,
     config: str,
 ) -> tuple[ManagedFile, str]:
     """The service's unit file and its revision.
 
-    The arguments are the digests of what the service runs and reads; a change of any of them, or
-    of the unit itself, makes a new revision, and a process of an older one is restarted.
+    The arguments are the digests of what the service runs and reads, and the version of its
+    weights; a change of any of them, or of the unit itself, makes a new revision, and a process of
+    an older one is restarted.
     """
     root = settings.root
     folder = root / "config"
@@ -126,7 +128,7 @@ def unit(
     if settings.demo.threads:
         words += ["--threads", str(settings.demo.threads)]
     if model.examples is not None:
-        words += ["--examples", str(root / "weights" / settings.model / model.examples)]
+        words += ["--examples", str(weights_folder(root, weights) / model.examples)]
 
     def rendered(revision: str) -> str:
         return render.text(
@@ -146,7 +148,7 @@ def unit(
             loopback=settings.demo.bind.is_loopback,
         )
 
-    revision = digest(rendered(""), manifest, config)
+    revision = digest(rendered(""), weights, config)
     path = f"/etc/systemd/system/{UNIT}"
     text = rendered(revision)
     return ManagedFile(path, text, validate="systemd-analyze verify {}"), revision

@@ -7,6 +7,7 @@ from pyinfra.api import FactBase, FactProcessError, StringCommand
 from gpufleet.pci import NVIDIA_GPUS
 from gpufleet.preflight.plan import HostPicture, parse
 from gpufleet.shell import script
+from gpufleet.weights.plan import STORED
 
 # $1 folder of the deploy, $2 port of the demo, $3 python that the environment needs.
 # POSIX sh and what a minimal Debian has; every line is a key, a tab and a value.
@@ -41,6 +42,7 @@ if [ -n "$n" ]; then
   done
 fi
 """
+    + STORED
 )
 
 

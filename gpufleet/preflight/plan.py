@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from gpufleet.catalog import Drivers, Model
+from gpufleet.catalog import Drivers, Model, WeightFile
 from gpufleet.demo.plan import UNIT
 from gpufleet.driver.heal import look
 from gpufleet.driver.picture import GpuPicture
 from gpufleet.driver.plan import Refusal
 from gpufleet.kernel.picture import KernelPicture
 from gpufleet.settings import Settings
+from gpufleet.weights.plan import Stored, no_room
+from gpufleet.weights.plan import parse as parse_weights
 
 #: Systems whose packages and paths the tasks know: (os-release ID, VERSION_ID).
 SUPPORTED = {("debian", "12"), ("debian", "13"), ("ubuntu", "22.04"), ("ubuntu", "24.04")}
@@ -45,6 +47,7 @@ class HostPicture:
     """Version that nvidia-smi answers, empty if it does not answer, None without nvidia-smi."""
     port_taken_by: str | None
     port_is_ours: bool
+    weights: Stored = field(default_factory=Stored)
 
 
 def parse(lines: Iterable[str]) -> HostPicture:
@@ -52,6 +55,7 @@ def parse(lines: Iterable[str]) -> HostPicture:
 
     Raises KeyError or ValueError for output that is not the script's.
     """
+    lines = list(lines)
     pairs = [line.split("\t", 1) for line in lines if "\t" in line]
     value = dict(pairs)
     return HostPicture(
@@ -69,6 +73,7 @@ def parse(lines: Iterable[str]) -> HostPicture:
         driver=value.get("driver"),
         port_taken_by=value.get("port_taken"),
         port_is_ours=UNIT in value.get("port_cgroup", ""),
+        weights=parse_weights(lines),
     )
 
 
@@ -89,12 +94,15 @@ def findings(
     *,
     environment: bool = True,
     driver: Iterable[str] | None = None,
+    files: Iterable[WeightFile] = (),
+    serving: bool = True,
 ) -> list[str]:
     """All that keeps this host from serving this model; each says what and what to do.
 
     `python` is the interpreter's name that the environment's lock is for, such as python3.11.
     `environment`: whether the run makes the environment. `driver` is what `driver_findings` says
-    where the run brings the driver; None: it must be there already.
+    where the run brings the driver; None: it must be there already. `files` are the weights to
+    bring. `serving`: whether the run does more than bring those.
     """
     found: list[str] = []
     if picture.uid != 0:
@@ -102,6 +110,9 @@ def findings(
     if (picture.os, picture.os_version) not in SUPPORTED:
         known = ", ".join(f"{os} {version}" for os, version in sorted(SUPPORTED))
         found.append(f"{picture.os} {picture.os_version} is not supported: use one of {known}")
+    if not serving:
+        full = no_room(name, files, picture.weights)
+        return [*found, full] if full else found
     if picture.arch != "x86_64":
         found.append(f"architecture {picture.arch} is not supported: use x86_64")
     if picture.init != "systemd":
@@ -125,6 +136,8 @@ def findings(
             f"disk full: {picture.disk_free_kib // 1024} MiB free for {settings.root}, this deploy "
             f"needs {room_mib}: free some space or set root to a folder on a larger disk"
         )
+    elif full := no_room(name, files, picture.weights):
+        found.append(full)
     # Only root is told who has a port: to anybody else our own service is unknown too.
     hidden = picture.uid != 0 and picture.port_taken_by == "unknown"
     if picture.port_taken_by and not picture.port_is_ours and not hidden:

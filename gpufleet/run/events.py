@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from gpufleet.run.rolling import Batch, Member
 from gpufleet.run.rolling import read as read_member
+from gpufleet.weights.plan import Progress
 
 #: Environment variable that holds the file descriptor to write events to.
 ENV = "GPUFLEET_EVENTS"
@@ -26,6 +27,7 @@ Kind = Literal[
     "finding",  # something that keeps the host from taking the deploy
     "warning",  # something that a person should know and that stops nothing
     "pending",  # a dry run: this operation would change something
+    "progress",  # weights travel to the host, or have arrived; message: a Progress as JSON
     "member",  # the run is a rolling one; message: the host's rolling.Member as JSON
 ]
 
@@ -118,6 +120,8 @@ class Host:
     target: dict[str, Any] = field(default_factory=dict)
     member: Member | None = None
     """Of a rolling run."""
+    weights: Progress | None = None
+    """How far its weights are, once that was asked for."""
 
     @property
     def ok(self) -> bool:
@@ -148,6 +152,8 @@ class Picture:
             host.target = json.loads(event.message or "{}")
         elif event.kind == "member":
             host.member = read_member(event.message)
+        elif event.kind == "progress":
+            host.weights = Progress(**json.loads(event.message))
         elif event.kind == "finding":
             host.findings.append(event.message)
             host.state = "failed"

@@ -23,7 +23,7 @@ from pyinfra.api.state import BaseStateCallback
 from pyinfra.connectors.util import CommandOutput
 from pyinfra.context import ctx_host, ctx_state
 
-from gpufleet.run import inventory, only, rolling
+from gpufleet.run import inventory, only, override, rolling
 from gpufleet.run.events import emit
 from gpufleet.run.pyinfra import BATCH_ENV, DRY_ENV, LIMIT_ENV, PARENT_ENV
 from gpufleet.settings import Settings, parse
@@ -107,7 +107,7 @@ def _survey(state: State) -> None:
     than preflight: the fleet command starts it again for every batch.
     """
     chosen = {host.name: parse(host.data.dict(), host.name) for host in inventory.hosts(state)}
-    if rolling.in_effect(list(chosen.values())):
+    if not override.read().together and rolling.in_effect(list(chosen.values())):
         _to_ask.update(chosen)
         if not os.environ.get(DRY_ENV):
             os.environ[only.ENV] = only.ALWAYS

@@ -30,6 +30,12 @@ def check(names: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
+def alone(concern: str) -> bool:
+    """Whether this run takes in no other concern (and preflight)."""
+    names = os.environ.get(ENV, "")
+    return {name for name in names.split(",") if name} - {ALWAYS} == {concern}
+
+
 def selected(concern: str) -> bool:
     """Whether deploy.py shall run this concern."""
     names = os.environ.get(ENV, "")

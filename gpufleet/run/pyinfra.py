@@ -17,9 +17,10 @@ from typing import IO, Any, Literal
 
 from gpufleet import ROOT
 from gpufleet.errors import UsageError
-from gpufleet.run import advice, events, only, rolling
+from gpufleet.run import advice, events, only, override, rolling
 from gpufleet.run.events import Host, Picture
 from gpufleet.run.inventory import check_file, group_data, split
+from gpufleet.run.override import Override
 from gpufleet.run.rolling import Batch, Member
 from gpufleet.run.state import lock, open_log
 from gpufleet.run.targets import Target
@@ -37,7 +38,7 @@ PENDING = 3
 TICK = 0.5
 
 Watch = Callable[[Picture], None]
-Command = Literal["apply", "plan", "mirrors restore"]
+Command = Literal["apply", "plan", "mirrors restore", "weights push"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,12 @@ def restore_mirrors(inventory: Path, **options: Any) -> Result:
     return _change("mirrors restore", inventory, deploy=ROOT / "restore_mirrors.py", **options)
 
 
+def push_weights(inventory: Path, **options: Any) -> Result:
+    """Bring the model's weights to the hosts, and do nothing else. Options and errors as for
+    apply; `override` says what is not as the settings have it."""
+    return _change("weights push", inventory, **{**options, "only": ("weights",)})
+
+
 def _change(command: Command, inventory: Path, **options: Any) -> Result:
     # One file can stand for several fleets: inventory/lab.py is the lab that GPUFLEET_LAB names.
     what = f"{inventory.resolve()} {os.environ.get('GPUFLEET_LAB', '')}"
@@ -107,6 +114,7 @@ class Run:
 
     `limit` are names and groups of hosts, `only` names of concerns, `watch` is called with the
     picture after every event and every TICK, `output` gets pyinfra's own output too.
+    `override` is what holds in place of settings.
     """
 
     command: Command
@@ -117,6 +125,7 @@ class Run:
     watch: Watch = lambda picture: None
     output: IO[str] | None = None
     inherit: tuple[int, ...] = ()
+    override: Override = field(default_factory=Override)
     picture: Picture = field(default_factory=Picture)
     _tail: deque[str] = field(default_factory=lambda: deque(maxlen=200))
     _interrupts: int = 0
@@ -193,6 +202,7 @@ class Run:
             PARENT_ENV: str(os.getpid()),
             LIMIT_ENV: "\n".join(split(self.limit)),
             BATCH_ENV: "\n".join(batch),
+            override.ENV: self.override.dump(),
             DRY_ENV: "1" if self.command == "plan" else "",
             "PYINFRA_PROGRESS": "off",
             "PYTHONUNBUFFERED": "1",

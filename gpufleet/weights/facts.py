@@ -2,37 +2,72 @@
 
 from __future__ import annotations
 
-from pyinfra.api import FactBase, StringCommand
+from pyinfra.api import FactBase, FactProcessError, StringCommand
 
+from gpufleet.demo.plan import UNIT
 from gpufleet.shell import script
-from gpufleet.weights.plan import Found, parse
+from gpufleet.weights.plan import STORED, Stored, parse
 
-# $1 folder, then paths. The record of what was verified lies beside the files: a line is digest,
-# size, ctime with nanoseconds, inode and path, and counts only while the file still has those:
-# no write, and no copy over it, leaves the ctime as it was, whatever mtime says.
-# Any other file is hashed here and now.
-_SCRIPT = r"""
-d=$1; shift
-for p in "$@"; do
-  [ -f "$d/$p" ] || continue
-  state=recorded
-  sum=$(grep -F -- " $(stat -c '%s %.9Z %i' "$d/$p") $p" "$d/.verified" 2>/dev/null |
-    cut -d' ' -f1 | tail -n 1)
-  if [ -z "$sum" ]; then state=new; sum=$(sha256sum < "$d/$p" | cut -d' ' -f1); fi
-  printf '%s\t%s\t%s\n' "$p" "$sum" "$state"
-done
+# $1 folder of the deploy, $2 whether to read all (deep) or empty, then digests of the contents that
+# are wanted. Only those are read that no record vouches for, on all cores.
+_SCRIPT = (
+    STORED
+    + r"""
+deep=$2; shift 2
+for s in "$@"; do
+  [ -f "$b/$s" ] || continue
+  [ -z "$deep" ] && grep -qxF "$(cd "$b" && stat -c '%n %s %.9Z %i' "$s")" "$v" && continue
+  printf '%s\n' "$s"
+done | (cd "$b" 2>/dev/null && xargs -r -P "$(nproc)" -n 1 sh -c '
+  was=$(stat -c "%n %s %.9Z %i" "$1")
+  printf "hash\t%s\t%s\t%s\n" "$1" "$(sha256sum < "$1" | cut -d" " -f1)" "$was"' sh)
+:
+"""
+)
+
+
+class WeightsOnHost(FactBase[Stored]):
+    """What a host holds of weights, the contents that are wanted verified: `Stored`."""
+
+    def command(self, root: str, wanted: tuple[str, ...], deep: bool = False) -> StringCommand:
+        return script(_SCRIPT, root, "deep" if deep else "", *wanted)
+
+    @staticmethod
+    def default() -> Stored:
+        return Stored()
+
+    def process(self, output: list[str]) -> Stored:
+        try:
+            return parse(output)
+        except ValueError as error:
+            raise FactProcessError(f"unexpected output of the weights script: {error}") from error
+
+
+# $1 folder of the deploy, $2 unit.
+_IN_USE = r"""
+unit=/etc/systemd/system/$2
+started=$(systemctl show --timestamp=us "$2" -p ExecMainStartTimestamp --value)
+[ "$(systemctl is-active "$2")" = active ] && [ -n "$started" ] &&
+  [ -z "$(find "$unit" "$1/config" -type f -newerct "$started" 2>/dev/null | head -n 1)" ] &&
+  echo current
+cat "$unit" "$1"/config/*.yaml 2>/dev/null | grep -o "$1/weights/[A-Za-z0-9._-]*" | sort -u |
+  sed 's|.*/|version\t|'
+:
 """
 
 
-class WeightsOnHost(FactBase[dict[str, Found]]):
-    """Which of the given files a host has in a folder: path → `Found`."""
+class WeightsInUse(FactBase[frozenset[str] | None]):
+    """Versions that the demo's unit and configuration name; None unless the process that runs
+    has read those."""
 
-    def command(self, folder: str, paths: tuple[str, ...]) -> StringCommand:
-        return script(_SCRIPT, folder, *paths)
+    def command(self, root: str) -> StringCommand:
+        return script(_IN_USE, root, UNIT)
 
     @staticmethod
-    def default() -> dict[str, Found]:
-        return {}
+    def default() -> frozenset[str] | None:
+        return None
 
-    def process(self, output: list[str]) -> dict[str, Found]:
-        return parse(output)
+    def process(self, output: list[str]) -> frozenset[str] | None:
+        if "current" not in output:
+            return None
+        return frozenset(line.partition("\t")[2] for line in output if line != "current")

@@ -9,6 +9,7 @@ import json
 import os
 import pprint
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -142,6 +143,19 @@ class Running:
             raise
         return Done(code, *self.said())
 
+    def stop(self) -> list[int]:
+        """Hold it and all that it started, as when a laptop is closed; what `go_on` takes."""
+        held = [self.process.pid, *_descendants(self.process.pid)]
+        for pid in held:
+            _signal(pid, signal.SIGSTOP)
+        return held
+
+    @staticmethod
+    def go_on(held: Sequence[int]) -> None:
+        """Let processes that were held go on."""
+        for pid in held:
+            _signal(pid, signal.SIGCONT)
+
     def interrupt(self) -> None:
         """What Ctrl-C sends."""
         self.process.send_signal(signal.SIGINT)
@@ -188,6 +202,12 @@ def until(condition: Callable[[], Any], what: str, timeout: float = 120, every: 
         assert time.monotonic() < deadline, f"not within {timeout:.0f} s: {what}"
         time.sleep(every)
     return value
+
+
+def weights(host: Host, model: str = "pico") -> Path:
+    """The one folder of a model's weights on a host, as this machine sees it."""
+    (found,) = host.path(f"{HOME}/weights").glob(f"{model}-*")
+    return found
 
 
 Snapshot = dict[str, tuple[int, ...]]
@@ -439,6 +459,18 @@ def shared(config: pytest.Config, hosts: int = 2) -> Fleet:
         made.seen["apply"] = made.apply()
         config.stash[_SHARED] = made
     return config.stash[_SHARED]
+
+
+def checkout(into: Path) -> Path:
+    """A checkout of its own that uses this one's environment."""
+    into.mkdir()
+    left_out = shutil.ignore_patterns("__pycache__")
+    for part in ("catalog", "files", "gpufleet", "inventory", "requirements", "tasks", "templates"):
+        shutil.copytree(ROOT / part, into / part, ignore=left_out)
+    for part in ("deploy.py", "fleet"):
+        shutil.copy2(ROOT / part, into / part)
+    (into / ".venv").symlink_to(ROOT / ".venv")
+    return into
 
 
 def words(line: str, *expected: str) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import fleets
 import pytest
-from fleets import HOME, ROOT, UNIT, Fleet, Host, fleet, ok
+from fleets import HOME, UNIT, Fleet, Host, fleet, ok
 
-WEIGHTS = f"{HOME}/weights/pico"
+WEIGHTS = f"{HOME}/weights/blobs"
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def _flip_a_byte(host: Host) -> None:
 
 
 def _truncate(host: Host) -> None:
-    file = max(host.path(WEIGHTS).rglob("*.pth"), key=lambda path: path.stat().st_size)
+    file = max(host.path(WEIGHTS).iterdir(), key=lambda path: path.stat().st_size)
     os.truncate(file, file.stat().st_size // 2)
 
 
 def _delete_a_weight(host: Host) -> None:
-    next(host.path(WEIGHTS).glob("vicuna-pico/*")).unlink()
+    fleets.weights(host).joinpath("vicuna-pico/config.json").unlink()
 
 
 def _half_an_environment(host: Host) -> None:
@@ -176,7 +176,7 @@ def test_a_process_that_read_an_edited_configuration_does_not_stay(
 
 def test_a_process_that_read_damaged_weights_does_not_stay(one: Host, deployed: Fleet) -> None:
     """Even if it runs: it would go on answering nonsense with the right files beside it."""
-    file = one.path(f"{WEIGHTS}/health.png")
+    file = fleets.weights(one) / "health.png"
     text = file.read_bytes()
     file.write_bytes(text + b"\0")
     one.sh(f"systemctl restart {UNIT}")
@@ -190,7 +190,7 @@ def test_a_process_that_read_damaged_weights_does_not_stay(one: Host, deployed: 
 def test_a_new_revision_of_the_application_replaces_the_old_one(
     deployed: Fleet, two: Host, tmp_path: Path
 ) -> None:
-    checkout = _copy_of_checkout(tmp_path / "checkout")
+    checkout = fleets.checkout(tmp_path / "checkout")
     source = checkout / "files" / "demo" / "modeldemo" / "engine.py"
     source.write_text(source.read_text() + "\n# the next revision\n")
     inventory = fleets.inventory(tmp_path, {two.name: two.data()})
@@ -209,15 +209,3 @@ def test_a_new_revision_of_the_application_replaces_the_old_one(
 
 def _applications(host: Host) -> list[str]:
     return [path.name for path in host.path(f"{HOME}/app").iterdir()]
-
-
-def _copy_of_checkout(into: Path) -> Path:
-    """A checkout of its own that uses this one's environment."""
-    into.mkdir()
-    left_out = shutil.ignore_patterns("__pycache__")
-    for part in ("catalog", "files", "gpufleet", "inventory", "requirements", "tasks", "templates"):
-        shutil.copytree(ROOT / part, into / part, ignore=left_out)
-    for part in ("deploy.py", "fleet"):
-        shutil.copy2(ROOT / part, into / part)
-    (into / ".venv").symlink_to(ROOT / ".venv")
-    return into

@@ -36,7 +36,7 @@ def _uv_installs(host: Host) -> bool:
 
 
 def _weights_travel(host: Host) -> bool:
-    return any(host.path(f"{HOME}/incoming/weights-pico").rglob("*.*"))
+    return any(host.path(f"{HOME}/incoming").glob("weights-pico-*/**/*.*"))
 
 
 def _config_is_written(host: Host) -> bool:

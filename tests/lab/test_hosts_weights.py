@@ -34,13 +34,13 @@ def test_every_bad_file_of_every_host_is_named_and_nothing_changes(
     assert len(done.err.splitlines()) == 3 * len(deployed.hosts)
     for host in deployed.hosts:
         said = {
-            Path(line.split("weight file ")[1].split()[0].rstrip(":")): line
+            next(Path(word) for word in line.split() if word.startswith("/")): line
             for line in lines_about(done.err, host)
         }
         assert set(said) == {flipped, cut, missing}
-        words(said[flipped], "corrupt", "sha256", "fetch it again")
-        words(said[cut], f"{size - 1} bytes, expected {size}", "fetch it again")
-        words(said[missing], "is missing", "fetch it")
+        words(said[flipped], "corrupt", "sha256", "copy it from")
+        words(said[cut], f"truncated: {size - 1} of {size} bytes", "copy it from")
+        words(said[missing], "is missing", "copy it from")
     for host, (snapshot, pid) in zip(deployed.hosts, before, strict=True):
         assert touched(snapshot, host.snapshot()) == []
         assert host.pid == pid

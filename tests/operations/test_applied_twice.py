@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from gpufleet.demo import operations as demo
 from gpufleet.demo.plan import pack
 from gpufleet.python_env import operations as python_env
 from gpufleet.shell import failing
+from gpufleet.shell import script as shell_script
 from gpufleet.weights import operations as weights
+from gpufleet.weights.plan import Progress, folder, staging, version
+from gpufleet.weights.transfer import Way
 
 
 def apply(operation: Any, **arguments: Any) -> OperationMeta:
@@ -42,10 +46,29 @@ def apply(operation: Any, **arguments: Any) -> OperationMeta:
 
 
 CONTENTS = {"a.pth": b"a" * 100_000, "llama/b 1.bin": os.urandom(5000), "c": b""}
-FILES = [
-    WeightFile(path=path, bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
-    for path, text in CONTENTS.items()
-]
+
+
+def file_of(path: str, text: bytes) -> WeightFile:
+    return WeightFile(path=path, bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
+
+
+def filled(folder: Path) -> Path:
+    """The folder, with the files in it and another one."""
+    for path, content in CONTENTS.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    (folder / "not in the manifest").touch()
+    return folder
+
+
+FILES = [file_of(path, text) for path, text in CONTENTS.items()]
+
+
+def stat_line(path: Path, form: str = "%n %s %.9Z %i") -> str:
+    """What the host's record says of a file."""
+    return subprocess.run(
+        ["stat", "-c", form, path.name], cwd=path.parent, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -56,62 +79,159 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
+def apply_weights(source: Path, root: Path, model: str = "m", **changes: Any) -> OperationMeta:
+    """One run of what brings weights, to a folder of this machine."""
+    given = {"files": FILES, "report": lambda progress: None, **changes}
+    return apply(weights.landed, root=str(root), model=model, source=source, way=Way(), **given)
+
+
+def read(root: Path, model: str = "m", files: Sequence[WeightFile] = FILES) -> dict[str, bytes]:
+    """What the model's folder holds, through its links."""
+    return tree(Path(folder(str(root), version(model, files))))
+
+
 class TestWeights:
     @pytest.fixture
     def source(self, tmp_path: Path) -> Path:
-        folder = tmp_path / "the source"
-        for path, content in CONTENTS.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(content)
-        (folder / "not in the manifest").touch()
-        return folder
+        return filled(tmp_path / "the source")
 
     @pytest.fixture
     def root(self, tmp_path: Path) -> Path:
         return tmp_path / "the host"
 
-    def sync(self, source: Path, root: Path, **changes: Any) -> OperationMeta:
-        given = {"files": FILES, "source": source, "bandwidth_kib": 0, **changes}
-        return apply(
-            weights.synced, folder=str(root / "w"), incoming=str(root / "incoming"), **given
-        )
+    def blob(self, root: Path, path: str) -> Path:
+        (digest,) = {file.sha256 for file in FILES if file.path == path}
+        return root / "weights" / "blobs" / digest
+
+    def staging(self, root: Path) -> Path:
+        return Path(staging(str(root), version("m", FILES)))
 
     def test_arrive_whole_and_then_nothing_changes(self, source: Path, root: Path):
-        first = self.sync(source, root)
+        first = apply_weights(source, root)
         assert first.did_succeed()
         assert first.did_change()
-        assert tree(root / "w") == CONTENTS
-        assert sorted(path.name for path in root.iterdir()) == ["w"]
-        second = self.sync(source, root)
+        assert read(root) == CONTENTS
+        assert list((root / "incoming").iterdir()) == []
+        second = apply_weights(source, root)
         assert second.did_succeed()
         assert not second.did_change()
 
+    def test_what_they_did_is_reported(self, source: Path, root: Path):
+        for sent in (sum(map(len, CONTENTS.values())), 0):
+            said: list[Progress] = []
+            apply_weights(source, root, report=said.append)
+            assert (said[-1].state, said[-1].files, said[-1].sent) == ("done", 3, sent)
+            assert said[-1].there + sent == 105_000
+
     def test_a_transfer_that_was_cut_off_continues(self, source: Path, root: Path):
-        part = root / "incoming" / "a.pth"
+        part = self.staging(root) / "a.pth"
         part.parent.mkdir(parents=True)
         part.write_bytes(CONTENTS["a.pth"][:60_000])
-        assert self.sync(source, root, bandwidth_kib=10_000).did_succeed()
-        assert tree(root / "w") == CONTENTS
+        said: list[Progress] = []
+        assert apply_weights(source, root, bandwidth_kib=10_000, report=said.append).did_succeed()
+        assert read(root) == CONTENTS
+        assert said[-1].sent == 45_000
 
     def test_what_was_spoilt_on_the_host_is_sent_again_and_the_rest_left(
         self, source: Path, root: Path
     ):
-        self.sync(source, root)
-        (root / "w" / "llama" / "b 1.bin").write_bytes(b"spoilt")
-        before = (root / "w" / "a.pth").stat()
-        assert self.sync(source, root).did_change()
-        assert tree(root / "w") == CONTENTS
-        after = (root / "w" / "a.pth").stat()
-        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-        assert not self.sync(source, root).did_change()
+        apply_weights(source, root)
+        self.blob(root, "llama/b 1.bin").write_bytes(b"spoilt")
+        before = self.blob(root, "a.pth").stat()
+        assert apply_weights(source, root).did_change()
+        assert read(root) == CONTENTS
+        after = self.blob(root, "a.pth").stat()
+        assert (after.st_ino, after.st_ctime_ns) == (before.st_ino, before.st_ctime_ns)
+        assert not apply_weights(source, root).did_change()
+
+    def test_a_link_that_was_removed_or_replaced_is_put_right_and_nothing_sent(
+        self, source: Path, root: Path
+    ):
+        apply_weights(source, root)
+        here = Path(folder(str(root), version("m", FILES)))
+        (here / "a.pth").unlink()
+        (here / "c").unlink()
+        (here / "c").write_text("a person's own")
+        said: list[Progress] = []
+        assert apply_weights(source, root, report=said.append).did_change()
+        assert read(root) == CONTENTS
+        assert said[-1].sent == 0
+
+    def test_what_a_record_cannot_tell_is_read_again_only_with_deep(self, source: Path, root: Path):
+        """Other bytes under an honest record: what a failing disk does."""
+        apply_weights(source, root)
+        blob, record = self.blob(root, "a.pth"), root / "weights" / "blobs" / ".verified"
+        line = stat_line(blob)
+        blob.write_bytes(b"b" * 100_000)
+        record.write_text(record.read_text().replace(line, stat_line(blob)))
+        assert not apply_weights(source, root).did_change()
+        assert apply_weights(source, root, deep=True).did_change()
+        assert read(root) == CONTENTS
 
     def test_what_is_corrupt_here_never_gets_its_name_there(self, source: Path, root: Path):
         (source / "a.pth").write_bytes(b"A" * 100_000)
-        assert not self.sync(source, root).did_succeed()
-        assert set(tree(root / "w")) == set(CONTENTS) - {"a.pth"}
+        assert not apply_weights(source, root).did_succeed()
+        assert read(root) == {}
         (source / "a.pth").write_bytes(CONTENTS["a.pth"])
-        assert self.sync(source, root).did_succeed()
-        assert tree(root / "w") == CONTENTS
+        said: list[Progress] = []
+        assert apply_weights(source, root, report=said.append).did_succeed()
+        assert read(root) == CONTENTS
+        assert said[-1].sent == 100_000
+
+    def test_contents_that_another_model_has_are_not_sent(self, source: Path, root: Path):
+        apply_weights(source, root)
+        moved = [*FILES[:2], file_of("elsewhere/c 2", b""), file_of("d", b"new")]
+        (source / "elsewhere").mkdir()
+        (source / "elsewhere" / "c 2").touch()
+        (source / "d").write_bytes(b"new")
+        before = self.blob(root, "a.pth").stat()
+        said: list[Progress] = []
+        changes = {"files": moved, "report": said.append}
+        assert apply_weights(source, root, "other", **changes).did_change()
+        assert (said[-1].sent, said[-1].there) == (3, 105_000)
+        assert read(root, "other", moved) == {
+            "a.pth": CONTENTS["a.pth"],
+            "llama/b 1.bin": CONTENTS["llama/b 1.bin"],
+            "elsewhere/c 2": b"",
+            "d": b"new",
+        }
+        assert read(root) == CONTENTS
+        after = self.blob(root, "a.pth").stat()
+        assert (after.st_ino, after.st_ctime_ns) == (before.st_ino, before.st_ctime_ns)
+        assert not apply_weights(source, root).did_change()
+
+    def test_the_layout_before_is_taken_over_without_a_byte_sent(self, source: Path, root: Path):
+        old = filled(root / "weights" / "m")
+        lines = [f"{f.sha256} {stat_line(old / f.path, '%s %.9Z %i')} {f.path}\n" for f in FILES]
+        (old / ".verified").write_text("".join(lines))
+        said: list[Progress] = []
+        assert apply_weights(source, root, report=said.append).did_succeed()
+        assert said[-1].sent == 0
+        assert read(root) == CONTENTS
+        # The service that runs has the old folder in its configuration.
+        kept = {path: (old / path).read_bytes() for path in CONTENTS}
+        assert kept == CONTENTS
+        assert not apply_weights(source, root).did_change()
+        shutil.rmtree(old)
+        assert not apply_weights(source, root).did_change()
+
+    def test_older_versions_go_and_take_along_what_nothing_else_has(self, source: Path, root: Path):
+        versions = []
+        for number in range(3):
+            (source / "d").write_bytes(b"%d" % number)
+            versions.append([*FILES, file_of("d", b"%d" % number)])
+            apply_weights(source, root, files=versions[-1])
+            os.utime(folder(str(root), version("m", versions[-1])), (number, number))
+        apply_weights(source, root, "other", files=versions[0])
+        script = shell_script(weights._PRUNE, str(root), version("m", versions[1]))
+        subprocess.run(["sh", "-c", str(script)], check=True)
+        assert read(root, "m", versions[1]) == {}
+        assert read(root, "m", versions[2]) == {**CONTENTS, "d": b"2"}
+        assert read(root, "other", versions[0]) == {**CONTENTS, "d": b"0"}
+        blobs = {path.name for path in (root / "weights" / "blobs").glob("[0-9a-f]*")}
+        left = {file.sha256 for number in (0, 2) for file in versions[number]}
+        assert blobs == left
+        assert not apply_weights(source, root, files=versions[2]).did_change()
 
 
 class TestOnAHostWithAStrictUmask:
@@ -134,14 +254,9 @@ class TestOnAHostWithAStrictUmask:
         ]
 
     def test_weights_can_be_read(self, tmp_path: Path):
-        source, root = tmp_path / "source", tmp_path / "the host"
-        for path, content in CONTENTS.items():
-            (source / path).parent.mkdir(parents=True, exist_ok=True)
-            (source / path).write_bytes(content)
-        given = {"files": FILES, "source": source, "bandwidth_kib": 0}
-        incoming = str(root / "incoming")
-        apply(weights.synced, folder=str(root / "weights/m"), incoming=incoming, **given)
-        assert tree(root / "weights" / "m") == CONTENTS
+        source, root = filled(tmp_path / "source"), tmp_path / "the host"
+        apply_weights(source, root)
+        assert read(root) == CONTENTS
         assert self.closed(root) == []
 
     def test_the_application_can_be_read(self, tmp_path: Path):

@@ -17,6 +17,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +50,20 @@ HERE = Path(__file__).parent
 CASES = sorted(HERE.glob("*.*/*.yaml"))
 
 
+def plain(argument: Any) -> Any:
+    """An argument of a call as a case writes it: a function by its name, of a value what is not
+    its default."""
+    if callable(argument):
+        return argument.__name__
+    if is_dataclass(argument):
+        given = {field.name: getattr(argument, field.name) for field in fields(argument)}
+        usual = {field.name: field.default for field in fields(argument)}
+        return {name: plain(value) for name, value in given.items() if value != usual[name]}
+    if isinstance(argument, list | tuple):
+        return [plain(one) for one in argument]
+    return TypeAdapter(Any).dump_python(argument, mode="json")
+
+
 def as_data(command: PyinfraCommand, module: ModuleType) -> Any:
     """A command as a case writes it."""
     if isinstance(command, FileUploadCommand):
@@ -59,7 +74,7 @@ def as_data(command: PyinfraCommand, module: ModuleType) -> Any:
     if isinstance(command, RsyncCommand):
         return {"rsync": command.src, "to": command.dest, "flags": command.flags}
     if isinstance(command, FunctionCommand):
-        return {"call": command.function.__name__, "arguments": list(command.args)}
+        return {"call": command.function.__name__, "arguments": [plain(a) for a in command.args]}
     assert isinstance(command, StringCommand)
     line = command.get_raw_value()
     scripts = {text: name for name, text in vars(module).items() if isinstance(text, str)}
@@ -116,6 +131,12 @@ def test_an_operation_yields_exactly_these_commands(
         key: TypeAdapter(hints[key]).validate_python(value)
         for key, value in case["arguments"].items()
     }
+    if "report" in hints:
+
+        def report(progress: object) -> None:
+            """Nobody is told."""
+
+        arguments["report"] = report
     if "drivers" in hints and "drivers" not in arguments:
         arguments["drivers"] = catalog.drivers()
     shown = show(case, monkeypatch) if "seen" in case else {}

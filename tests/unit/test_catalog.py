@@ -17,7 +17,7 @@ from gpufleet import ROOT, catalog
 from gpufleet.catalog import SERVICES, Model, Provider, WeightFile, WeightSource
 from gpufleet.errors import FleetError, UsageError
 from gpufleet.settings import Settings
-from gpufleet.weights import local, manifest
+from gpufleet.weights import inspect, local, manifest
 
 SITES = catalog.mirrors().sites
 
@@ -66,6 +66,12 @@ class TestEveryModel:
     def test_its_weight_sets_are_in_the_catalogue(self, name: str):
         assert set(catalog.model(name).weights) <= set(catalog.weight_sets())
 
+    def test_its_projection_was_trained_with_its_language_model(self, name: str):
+        parts = {one: catalog.weight_set(one) for one in catalog.model(name).weights}
+        assert inspect.pair(Path("/nowhere"), parts) == []
+        sizes = {one.hidden_size for one in parts.values()} - {None}
+        assert len(sizes) <= 1
+
     def test_the_disk_that_it_asks_for_holds_its_files(self, name: str):
         model = catalog.model(name)
         sets = [catalog.weight_set(one) for one in model.weights]
@@ -97,6 +103,15 @@ class TestEveryWeightSet:
         assert weights.vocabulary == delta.vocabulary
         assert base.vocabulary is not None
         assert delta.vocabulary == base.vocabulary + (weights.made.version == "v0")
+
+
+def test_no_two_files_of_the_catalogue_have_the_same_hash_and_another_size():
+    sizes: dict[str, int] = {}
+    for name in catalog.weight_sets():
+        for file in catalog.weight_set(name).files:
+            if file.sha256 is not None and file.bytes is not None:
+                assert sizes.setdefault(file.sha256, file.bytes) == file.bytes, (name, file.path)
+    assert len(sizes) > 60
 
 
 def test_the_weight_sets_in_the_checkout_are_all_that_lies_there():

@@ -40,7 +40,7 @@ UPSTREAM_EVAL = {
 
 def read(model: Model, **data: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = parse({"model": "small", **data}, "host")
-    config, evaluation = files(settings, model)
+    config, evaluation = files(settings, model, settings.root / "weights" / "small")
     return yaml.safe_load(config.content), yaml.safe_load(evaluation.content)
 
 
@@ -50,7 +50,7 @@ def changed(model_data: dict[str, Any], **parts: Any) -> Model:
 
 def test_the_files_lie_in_the_deploys_folder_and_are_roots(model: Model):
     settings = parse({"model": "small", "root": "/srv/demo"}, "host")
-    config, evaluation = files(settings, model)
+    config, evaluation = files(settings, model, settings.root / "weights" / "small")
     assert config.path == "/srv/demo/config/minigpt4.yaml"
     assert evaluation.path == "/srv/demo/config/minigpt4_eval.yaml"
     assert {(file.mode, file.owner) for file in (config, evaluation)} == {("644", "root")}
@@ -161,7 +161,7 @@ def test_a_value_that_does_not_survive_the_template_is_refused_in_one_line(
 ):
     """YAML knows no pairs of surrogates, which is how JSON writes such a letter."""
     with pytest.raises(FleetError, match="vit_model_path became") as error:
-        files(Settings(), changed(model_data, vit_file="\N{OTTER}.pth"))
+        files(Settings(), changed(model_data, vit_file="\N{OTTER}.pth"), PurePosixPath("/w"))
     assert "\n" not in str(error.value)
 
 
@@ -178,7 +178,7 @@ def test_a_model_without_a_demo_is_refused_in_one_line(name: str):
 @pytest.mark.parametrize("name", SERVED)
 def test_every_model_that_is_served_renders(name: str):
     settings = parse({"model": name}, "host")
-    config, evaluation = files(settings, catalog.model(name))
+    config, evaluation = files(settings, catalog.model(name), PurePosixPath("/w"))
     both = {**yaml.safe_load(config.content), **yaml.safe_load(evaluation.content)}
     assert set(both) == {"model", "preprocess", "datasets", "run"}
     assert PurePosixPath(both["model"]["ckpt"]).is_absolute()

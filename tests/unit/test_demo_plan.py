@@ -44,7 +44,7 @@ from gpufleet.settings import parse as parse_settings
 INPUTS = {
     "environment": "e" * 16,
     "application": "a" * 16,
-    "manifest": "m" * 16,
+    "weights": "pico-0123456789abcdef",
     "config": "c" * 16,
 }
 
@@ -254,7 +254,7 @@ class TestTheUnit:
         words = shlex.split(dict(service(examples=examples))["ExecStart"])
         assert words[-2:] == [
             "--examples",
-            f"/opt/minigpt4/weights/pico/{examples}".replace("%", "%%"),
+            f"/opt/minigpt4/weights/pico-0123456789abcdef/{examples}".replace("%", "%%"),
         ]
 
     def test_runs_as_the_service_account_within_its_limits(self, service: Directives):

@@ -26,6 +26,7 @@ PURE = {
     "conda.py",
     "doctor.py",
     "files.py",
+    "fixes.py",
     "forecast.py",
     "grub.py",
     "heal.py",

@@ -17,7 +17,7 @@ from pyinfra.api.exceptions import DeployError
 from pyinfra.api.state import StateStage
 from pyinfra.context import ctx_host, ctx_inventory, ctx_state
 
-from gpufleet.catalog import Model, drivers
+from gpufleet.catalog import Model, WeightFile, drivers
 from gpufleet.demo.plan import UNIT
 from gpufleet.driver.picture import GpuPicture
 from gpufleet.preflight.facts import Preflight
@@ -32,6 +32,7 @@ from gpufleet.preflight.plan import (
 )
 from gpufleet.settings import Settings
 from gpufleet.settings import parse as parse_settings
+from gpufleet.weights.plan import Stored
 
 PYTHON = "python3.11"
 GOOD = HostPicture(
@@ -136,6 +137,38 @@ def test_output_that_is_not_the_scripts_is_a_fact_error(lines: list[str]):
 
 def test_noise_around_the_scripts_lines_is_passed_over():
     assert parse(["Welcome to Debian", *LINES, "bye"]) == GOOD
+
+
+class TestARunThatBringsWeightsAlone:
+    """It needs neither a driver nor memory, a port or room for an environment."""
+
+    def found(self, model: Model, *files: WeightFile, **changes: Any) -> list[str]:
+        settings = parse_settings({"accelerator": "cuda"}, "host")
+        picture = replace(GOOD, **changes)
+        given = {"environment": False, "files": files, "serving": False}
+        return findings(settings, "small", model, picture, "", **given)
+
+    BIG = WeightFile(path="big", bytes=10**9, sha256="1" * 64)
+
+    def test_takes_a_host_with_nothing_on_it(self, model: Model):
+        bare = {"memory_kib": 1024, "disk_free_kib": 0, "init": "bash", "port_taken_by": "nginx"}
+        assert self.found(model, self.BIG, weights=Stored(free=1 << 40), **bare) == []
+
+    def test_finds_a_disk_that_is_too_small_for_them(self, model: Model):
+        (line,) = self.found(model, self.BIG, weights=Stored(free=10**9))
+        assert line.startswith("disk full: 1.0 GB free for weights, 1.0 GB of small are to come")
+
+    def test_finds_an_account_that_may_nothing(self, model: Model):
+        (line,) = self.found(model, uid=1000)
+        assert line.startswith("not root")
+
+
+def test_a_disk_without_room_for_the_weights_is_found(model: Model):
+    big = WeightFile(path="big", bytes=10**12, sha256="1" * 64)
+    settings = parse_settings({"python_env": {"manager": "uv"}}, "host")
+    picture = replace(GOOD, weights=Stored(free=10**11))
+    (line,) = findings(settings, "small", model, picture, PYTHON, files=[big])
+    assert line.startswith("disk full: 100.0 GB free for weights, 1000.0 GB of small are to come")
 
 
 def test_a_good_host_has_no_findings(model: Model):

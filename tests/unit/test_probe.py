@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from loopback import (
     SERVICES,
     Request,
     Server,
+    certified,
     everything,
     in_release,
     repodata,
@@ -397,17 +397,6 @@ def test_a_name_that_does_not_exist_is_one_line(probe):
     server.server_close()
     found = one(probe(Candidate(site), services=["pypi"]), "pypi", "one")
     assert (found.state, found.why) == ("unreachable", "its name cannot be resolved")
-
-
-def certified(folder: Path, name: str) -> tuple[Path, Path]:
-    """A certificate of its own making for a name or address, and its key."""
-    made = folder / f"{name}.pem", folder / f"{name}.key"
-    kind = "IP" if name[0].isdigit() else "DNS"
-    line = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN={name}"
-    extension = ["-addext", f"subjectAltName={kind}:{name}"]
-    files = ["-out", str(made[0]), "-keyout", str(made[1])]
-    subprocess.run([*line.split(), *extension, *files], check=True, capture_output=True)
-    return made
 
 
 def test_a_certificate_that_nobody_vouches_for_is_named(probe, tmp_path: Path):
