@@ -244,7 +244,8 @@ def test_a_laptop_that_sleeps_for_a_minute_goes_on(lab3: Fleet, tmp_path: Path) 
             os.kill(pid, signal.SIGSTOP)
         time.sleep(60)
         for pid in asleep:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # the first to wake may replace an ssh
+                os.kill(pid, signal.SIGCONT)
         trial.all_done()
     for host in lab3.hosts:
         assert left(host) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -64,6 +65,8 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    # An ssh that ends while it is being ended is no news (Popen reaps it before asyncio does).
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     try:
         asyncio.run(main())
     except FleetError as error:
