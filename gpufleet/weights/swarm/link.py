@@ -72,6 +72,8 @@ class Link:
         self.kind = ("", "")
         """The interpreter and machine that its engine is for."""
         self.reached: Mapping[str, bool | None] = {}
+        self.rests = False
+        """Whether it leaves this machine to others for a moment."""
         self._ssh: asyncio.subprocess.Process | None = None
         self._gone = asyncio.Event()
         self.over = False
@@ -245,7 +247,7 @@ class Link:
         if "state" not in message:
             return
         first, self.engine_port = not self.engine_port, message["wheel_port"]
-        self.reached = message["reached"]
+        self.reached, self.rests = message["reached"], message["rests"]
         known = {name: message[name] for name in ("state", "bytes", "of", "rate", "peers", "why")}
         self.say(Progress(**known))
         if first:

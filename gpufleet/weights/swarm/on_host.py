@@ -42,7 +42,10 @@ LOOPBACK = frozenset({"127.0.0.1", "::1"})
 #: A unit that heard from another operator's process within so many seconds is in use.
 IN_USE = 20.0
 #: How much a host asks the operator's machine for at once: pieces, and seconds of what comes.
-AHEAD, AHEAD_SECONDS = 8, 3.0
+AHEAD, AHEAD_SECONDS = 8, 1.5
+#: Seconds for which a host that has all of its own turn leaves the operator's machine to others:
+#: what they have asked for is on its way, and would be sent twice.
+REST = 2.0
 #: What a unit may use at most: of memory, page cache included, and days. The last is for a unit
 #: that somehow goes on hearing of a push that is over: it ends by itself long before (`quiet`).
 MEMORY, DAYS = "2G", 7
@@ -410,6 +413,9 @@ class Serve:
         """Which of how many hosts this one is: whose turn it is to ask for a piece first."""
         self.open: set[int] = set()
         """Pieces that it asks the operator's machine for."""
+        self.rested = 0.0
+        """When it began its rest, 0 while there are pieces of its own turn to ask for."""
+        self.rests = False
         self.piece = 1
         self.checked = False
         self.flushing = self.done = False
@@ -540,7 +546,7 @@ class Serve:
         rules.add_rule("0.0.0.0", "255.255.255.255", 1)
         rules.add_rule("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 1)
         known = [address for peer in peers for address in peer.addresses]
-        for address in ["127.0.0.1", "::1", *known]:
+        for address in [*known, *(() if self.rests else LOOPBACK)]:
             try:
                 rules.add_rule(address, address, 0)
             except RuntimeError:
@@ -594,10 +600,13 @@ class Serve:
         """Ask for the pieces that another host has by now, and for some that none has.
 
         The latter are asked of the operator's machine: those of one's own turn, a few at a time,
-        from the first, and then those of a host that is slow or gone, from the last ones. So it
-        sends each about once, whoever comes late.
+        from the first, and then, after a rest, those of a host that is slow or gone, from the
+        last ones. So it sends each about once, whoever comes late.
         """
-        if not self.checked or not self.waiting:
+        now = time.monotonic()
+        if self.rests and now - self.rested >= REST:
+            self.rest(False)
+        if not self.checked or self.done:
             return
         held = self.torrent.status(self.lt.torrent_handle.query_pieces).pieces
         self.waiting -= {piece for piece in self.waiting if held[piece]}
@@ -605,16 +614,38 @@ class Serve:
         seen = self.torrent.piece_availability()
         self.ask({piece for piece in self.waiting if seen[piece] > bool(from_there)}, 2)
         self.open = {piece for piece in self.open if not held[piece]}
+        own = in_turn(self.waiting, self.turn)
+        if own:
+            self.rested = 0.0
+            self.rest(False)
+        elif self.open:
+            return
+        elif self.peers and not self.rested:
+            self.rested = now
+            self.rest(True)
+            return
+        elif self.rests or not self.waiting:
+            return
         rate = sum(peer.payload_down_speed for peer in from_there)
         need = max(AHEAD, int(AHEAD_SECONDS * rate / self.piece)) - len(self.open)
         if need <= 0:
             return
-        some = sorted(in_turn(self.waiting, self.turn))[:need]
+        some = sorted(own)[:need]
         if not some:
             last = sorted(self.waiting)[len(self.waiting) // 2 :]
             some = random.sample(last, min(need, len(last)))
         self.open |= set(some)
         self.ask(set(some), 7)
+
+    def rest(self, rests: bool) -> None:
+        """Leave the operator's machine to others, or be served by it again.
+
+        Without a connection meanwhile, since the engine would ask it for what others send, too.
+        """
+        if rests != self.rests:
+            self.rests = rests
+            self.allow(list(self.peers.values()))
+            self.told = (0.0, "")
 
     def connected(self) -> set[str]:
         """Addresses of the hosts that pieces are exchanged with."""
@@ -700,6 +731,7 @@ class Serve:
                 "rate": status.download_payload_rate,
                 "peers": len(self.connected()),
                 "why": self.problem,
+                "rests": self.rests,
                 "reached": {peer.name: peer.reached for peer in self.peers.values()},
                 "port": self.port,
                 "wheel_port": self.wheel_port,

@@ -184,7 +184,7 @@ class Push:
         """Connect to the hosts that are not done, each through its forward."""
         connected = {peer.ip for peer in self._seed.get_peer_info()}
         for link in self.links.values():
-            waits = link.progress.state in ("checking", "sending")
+            waits = link.progress.state in ("checking", "sending") and not link.rests
             if link.local and waits and ("127.0.0.1", link.local) not in connected:
                 self._seed.connect_peer(("127.0.0.1", link.local))
 
