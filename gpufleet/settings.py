@@ -188,7 +188,11 @@ class Weights(_Model):
     """Older versions that stay on a host once the demo is healthy on the new one."""
 
     bandwidth_kib: Annotated[int, Field(ge=0)] = 0
-    """Upload limit a host in KiB/s; 0 is none."""
+    """Upload limit in KiB/s, of each host with rsync and of all together in a swarm; 0 is none."""
+
+    encrypt: bool = False
+    """Hide what the hosts of a swarm exchange from the network between them, at twice the CPU
+    time. What this machine sends goes through SSH in any case."""
 
 
 class Demo(_Model):

@@ -49,6 +49,7 @@ def weights() -> None:
         hosts=_alike(settings),
         way=Way(tuple(goal.ssh(*SSH.split())), goal.sudo) if goal.connector == "ssh" else Way(),
         bandwidth_kib=settings.weights.bandwidth_kib,
+        encrypt=settings.weights.encrypt,
         at_once=settings.weights.at_once,
         deep=override.read().deep,
         report=report,

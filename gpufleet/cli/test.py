@@ -75,7 +75,8 @@ def run_tests(
     Says what was left out and why. unit: ruff, mypy, the demo's own tests, unit and operation
     tests. lab: real hosts; needs root on Debian or Ubuntu. vm: real kernels and reboots in QEMU.
     browser: the page in Chromium. long, only if asked for: builds the real driver with DKMS,
-    upgrades Ubuntu's kernels and a virtual machine's; an hour. The last line is pytest's.
+    upgrades Ubuntu's kernels and a virtual machine's, breaks pushes of weights in every way; over
+    an hour. The last line is pytest's.
     """
     wanted = parts or list(DEFAULT)
     skipped = {part: why for part in wanted if (why := _missing(part))}

@@ -50,6 +50,7 @@ def landed(
     via: Literal["auto", "rsync", "swarm"] = "rsync",
     hosts: int = 1,
     bandwidth_kib: int = 0,
+    encrypt: bool = False,
     at_once: int = 0,
     deep: bool = False,
     report: Callable[[Progress], None],
@@ -79,6 +80,7 @@ def landed(
         files=tuple(files),
         via="swarm" if swarm else "rsync",
         bandwidth_kib=bandwidth_kib,
+        encrypt=encrypt,
         at_once=at_once,
     )
     yield FunctionCommand(bring, (order, way, report, changed), {})

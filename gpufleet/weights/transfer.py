@@ -166,6 +166,8 @@ class Order:
     """All of the version, what a swarm exchanges."""
     via: Literal["rsync", "swarm"] = "rsync"
     bandwidth_kib: int = 0
+    encrypt: bool = False
+    """Of what the hosts of a swarm exchange."""
     at_once: int = 0
     patience: float = PATIENCE
 
@@ -298,7 +300,7 @@ class _Shared:
 
     def __init__(self, order: Order) -> None:
         files = [(file, order.source / file.path) for file in order.files]
-        self.swarm = Swarm(files, upload_kib=order.bandwidth_kib)
+        self.swarm = Swarm(files, upload_kib=order.bandwidth_kib, encrypt=order.encrypt)
         self.inside = 0
         self.ended = Event()
 
