@@ -43,9 +43,9 @@ LOOPBACK = frozenset({"127.0.0.1", "::1"})
 IN_USE = 20.0
 #: How much a host asks the operator's machine for at once: pieces, and seconds of what comes.
 AHEAD, AHEAD_SECONDS = 8, 1.5
-#: Seconds for which a host that has all of its own turn leaves the operator's machine to others:
-#: what they have asked for is on its way, and would be sent twice.
-REST = 2.0
+#: Seconds for which a host that has all of its own turn leaves the operator's machine to others,
+#: unless that has nothing to do: what they have asked for is on its way, and would be sent twice.
+REST = 30.0
 #: What a unit may use at most: of memory, page cache included, and days. The last is for a unit
 #: that somehow goes on hearing of a push that is over: it ends by itself long before (`quiet`).
 MEMORY, DAYS = "2G", 7
@@ -416,6 +416,8 @@ class Serve:
         self.rested = 0.0
         """When it began its rest, 0 while there are pieces of its own turn to ask for."""
         self.rests = False
+        self.help = False
+        """Whether the operator's machine has nothing to do while hosts still lack pieces."""
         self.piece = 1
         self.checked = False
         self.flushing = self.done = False
@@ -493,6 +495,7 @@ class Serve:
                 self.begin(message["start"])
             if "peers" in message:
                 self.meet(message)
+            self.help = message.get("help", self.help)
             self.told = (0.0, "")  # whoever asks is answered at once
         return None
 
@@ -600,12 +603,9 @@ class Serve:
         """Ask for the pieces that another host has by now, and for some that none has.
 
         The latter are asked of the operator's machine: those of one's own turn, a few at a time,
-        from the first, and then, after a rest, those of a host that is slow or gone, from the
-        last ones. So it sends each about once, whoever comes late.
+        from the first, and then, where that machine has nothing to do, those of a host that is
+        slow or gone, from the last ones. So it sends each about once, whoever comes late.
         """
-        now = time.monotonic()
-        if self.rests and now - self.rested >= REST:
-            self.rest(False)
         if not self.checked or self.done:
             return
         held = self.torrent.status(self.lt.torrent_handle.query_pieces).pieces
@@ -614,18 +614,18 @@ class Serve:
         seen = self.torrent.piece_availability()
         self.ask({piece for piece in self.waiting if seen[piece] > bool(from_there)}, 2)
         self.open = {piece for piece in self.open if not held[piece]}
-        own = in_turn(self.waiting, self.turn)
+        own, now = in_turn(self.waiting, self.turn), time.monotonic()
         if own:
             self.rested = 0.0
             self.rest(False)
         elif self.open:
             return
-        elif self.peers and not self.rested:
-            self.rested = now
+        elif self.peers and not self.help and (not self.rested or now - self.rested < REST):
+            self.rested = self.rested or now
             self.rest(True)
             return
-        elif self.rests or not self.waiting:
-            return
+        else:
+            self.rest(False)
         rate = sum(peer.payload_down_speed for peer in from_there)
         need = max(AHEAD, int(AHEAD_SECONDS * rate / self.piece)) - len(self.open)
         if need <= 0:

@@ -22,6 +22,8 @@ from gpufleet.weights.swarm.torrent import Source, Torrent, changed_line, make
 
 #: Seconds between looks at the files of this machine, and between looks at the swarm.
 LOOK, TICK = 1.0, 0.5
+#: Looks after which this machine counts as idle.
+IDLE = 4
 #: How long a host waits for another to have the engine, in seconds.
 ENGINE_WAIT = 60.0
 
@@ -71,6 +73,9 @@ class Push:
         self._leads: dict[tuple[str, str], Link] = {}
         self._known: Mapping[str, Any] = {}
         self._upload_kib = upload_kib
+        self._help = False
+        self._peak = 0
+        self._idle = 0
         self._torrent: Torrent
         self._session: Any = None
         self._seed: Any = None
@@ -178,7 +183,7 @@ class Push:
         }
         for name, link in self.links.items():
             others = {other: known[other] for other in known if other != name}
-            link.send({"peers": others, "turn": self._turn(name)})
+            link.send({"peers": others, "turn": self._turn(name), "help": self._help})
 
     def feed(self) -> None:
         """Connect to the hosts that are not done, each through its forward."""
@@ -196,12 +201,24 @@ class Push:
             self._session.pop_alerts()
             self.feed()
             self._part_with_lone()
+            self._ask_for_help()
             looked += TICK
             if looked >= LOOK:
                 looked = 0.0
                 for source in self._sources:
                     if await asyncio.to_thread(source.changed):
                         return changed_line(source)
+
+    def _ask_for_help(self) -> None:
+        """Have hosts help out slow ones while this machine sends next to nothing."""
+        rate = self._seed.status().upload_payload_rate
+        self._peak = max(self._peak, rate)
+        self._idle = self._idle + 1 if rate < self._peak / 4 else 0
+        help_ = self._idle >= IDLE
+        if help_ != self._help:
+            self._help = help_
+            for link in self.links.values():
+                link.send({"help": help_})
 
     def _part_with_lone(self) -> None:
         tried = {
