@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 #: Folder -> the marker of its tests: these boot real hosts, those drive a browser on one.
 MARKERS = {"lab": "lab", "vm": "lab", "browser": "browser"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Where tests run side by side, a file stays in one process, and so do all files that look at
-    # the one deployed lab.
-    shared = {item.path for item in items if "deployed" in getattr(item, "fixturenames", ())}
     for item in items:
         if marker := MARKERS.get(item.path.parent.name):
             item.add_marker(marker)
-        group = "deployed" if item.path in shared else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    if items and items[0].config.getoption("numprocesses", None):
-        # The longest first, so that the processes end together.
-        items.sort(key=lambda item: (item.path not in shared, "lab" not in item.keywords))
+
+
+class ByFile(LoadScopeScheduling):
+    """Where tests run side by side, a file stays in one process, and so do all files that look at
+    the one deployed lab."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "deployed" if _deployed(file) else file
+
+
+@cache
+def _deployed(file: str) -> bool:
+    return "deployed: Fleet" in (Path(__file__).parents[1] / file).read_text("utf-8")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return ByFile(config, log)
 
 
 def _patched() -> bool:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -43,9 +44,13 @@ def open_log(command: str, inventory: str) -> tuple[Path, IO[str]]:
     logs = folder() / "logs"
     logs.mkdir(exist_ok=True)
     prune(logs, KEEP - 1)
-    path = logs / f"{command}-{inventory}-{time.strftime('%Y%m%d-%H%M%S')}.log"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    return path, os.fdopen(descriptor, "a", buffering=1, encoding="utf-8")
+    name = f"{command}-{inventory}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in count(1):
+        path = logs / f"{name}{f'-{number}' * (number > 1)}.log"
+        with suppress(FileExistsError):  # another run began in the same second
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            return path, os.fdopen(descriptor, "a", buffering=1, encoding="utf-8")
+    raise AssertionError
 
 
 def prune(logs: Path, keep: int) -> None:

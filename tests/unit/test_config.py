@@ -171,7 +171,7 @@ SERVED = [name for name in catalog.names() if catalog.model(name).served]
 @pytest.mark.parametrize("name", sorted(set(catalog.names()) - set(SERVED)))
 def test_a_model_without_a_demo_is_refused_in_one_line(name: str):
     with pytest.raises(FleetError) as error:
-        files(parse({"model": name}, "host"), catalog.model(name))
+        files(parse({"model": name}, "host"), catalog.model(name), PurePosixPath("/w"))
     assert str(error.value) == catalog.NOT_SERVED.format(title=catalog.model(name).title)
 
 
