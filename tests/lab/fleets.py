@@ -248,6 +248,13 @@ class Host:
         assert done.returncode == 0, f"{self.name}: {command}: {done.stderr or done.stdout}"
         return done.stdout.strip()
 
+    def reload_sshd(self) -> None:
+        """Have sshd read its configuration again; returns when it listens again."""
+        heard = "journalctl -u ssh -o cat | grep -c '^Server listening' || :"
+        before = self.sh(heard)
+        self.sh("systemctl reload ssh")
+        until(lambda: self.try_(heard).stdout.strip() not in ("", before), "sshd listens", 30)
+
     def show(self, prop: str, unit: str = UNIT) -> str:
         """A property of a unit, as systemd tells it."""
         return self.sh(f"systemctl show -p {prop} --value {unit}")

@@ -127,12 +127,12 @@ def test_apply_takes_what_works_and_a_second_one_asks_next_to_nothing(auto: Path
     assert (services["hf"]["site"], services["hf"]["policy"]) == ("official", "official")
     assert PIP_CONF in shown["written"]
     host.path("/etc/ssh/sshd_config.d/count.conf").write_text(COUNT)
-    host.sh("systemctl reload ssh")
+    host.reload_sshd()
     try:
         again = ok(fleet("apply", "-i", auto, "--only", "mirrors", "--json"))
     finally:
         host.path("/etc/ssh/sshd_config.d/count.conf").unlink()
-        host.sh("systemctl reload ssh")
+        host.reload_sshd()
     assert again.changed(host.name) == {}
     # preflight's, the fact of the mirrors, and what lies where they would be written
     commands = host.path("/root/commands").read_text().count("\n")

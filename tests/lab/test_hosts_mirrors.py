@@ -143,10 +143,10 @@ def counted(one: Host) -> Iterator[Host]:
     """A host whose sshd notes every command."""
     config = one.path("/etc/ssh/sshd_config.d/00-count.conf")
     config.write_text("LogLevel VERBOSE\n")
-    one.sh("systemctl reload ssh")
+    one.reload_sshd()
     yield one
     config.unlink()
-    one.sh("systemctl reload ssh")
+    one.reload_sshd()
 
 
 def test_with_nothing_to_do_mirrors_and_environment_cost_four_commands_at_most(

@@ -99,7 +99,7 @@ def test_a_push_needs_nothing_deployed_and_the_next_one_a_single_command(
     # A content that is known under any name is not sent again.
     (two.path(f"{HOME}/weights") / fleets.weights(two).name).rename(two.path("/root/gone"))
     one.path("/etc/ssh/sshd_config.d/00-count.conf").write_text("LogLevel VERBOSE\n")
-    one.sh("systemctl reload ssh")
+    one.reload_sshd()
     path = lab.inventory(tmp_path)
     counts = []
     for only in ("preflight", "weights"):
