@@ -20,7 +20,8 @@ ZIP = b"PK\x03\x04"
 #: More than any header of a real checkpoint, in bytes.
 _LARGEST = 64 << 20
 
-_TYPES = {
+#: torch's storage classes by their names in a pickle; others have sizes that nothing here needs.
+TYPES = {
     "HalfStorage": "F16",
     "BFloat16Storage": "BF16",
     "FloatStorage": "F32",
@@ -231,7 +232,7 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, kind, key, _, count = pid[:5]
-        dtype = _TYPES.get(kind.__name__, "?")
+        dtype = TYPES.get(kind.__name__, "?")
         self.storages[str(key)] = int(count) * _SIZES.get(dtype, 1)
         return _Storage(dtype, self._starts.get(str(key)))
 

@@ -21,26 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpufleet.errors import UsageError
+from gpufleet.weights.headers import TYPES
 from gpufleet.weights.merge.plan import BYTES, Folder, Stored
 
 #: By the name that its folder has when it is not in shards: index, and what the shards end in.
 _KINDS = {
     "model.safetensors": "model.safetensors.index.json",
     "pytorch_model.bin": "pytorch_model.bin.index.json",
-}
-
-#: torch's storage classes by their names in a pickle; others have sizes that nothing here needs.
-_STORAGES = {
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "FloatStorage": "F32",
-    "DoubleStorage": "F64",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
 }
 
 #: How a torch checkpoint older than 1.6 begins: a pickle of torch's magic number.
@@ -278,8 +265,8 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
             ("torch._utils", "_rebuild_parameter"): _parameter,
         }
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in TYPES:
+            return TYPES[name]
         if (module, name) not in known:
             raise UsageError(
                 f"{self.path} holds {module}.{name}, no tensor: it is refused, since a pickle can "
