@@ -11,6 +11,7 @@ from pathlib import Path
 import platformdirs
 
 from gpufleet import ROOT
+from gpufleet.alone import alone
 from gpufleet.errors import FleetError
 from gpufleet.lab.image import unpack
 from gpufleet.lab.machine import Progress, remove_tree, run, say_nothing
@@ -47,7 +48,7 @@ def ensure(progress: Progress = say_nothing, into: Path | None = None) -> Path:
     if target.exists():
         return target
     kept.mkdir(parents=True, exist_ok=True)
-    with wheelhouse.alone(kept.with_name(f"{kept.name}.flock")):
+    with alone(kept.with_name(f"{kept.name}.flock")):
         if not target.exists():
             older = sorted(kept.iterdir(), key=lambda folder: folder.stat().st_mtime)
             for folder in older[:-2]:  # others may be served just now

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
 
+from gpufleet.alone import alone
 from gpufleet.errors import FleetError
 from gpufleet.python_env.plan import Lock
 
@@ -60,19 +57,6 @@ def build(lock: Lock, torch_index: str, into: Path | None = None) -> Path:
             whole.touch()
             _forget_others(parent, keep=folder)
     return folder
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold the file's lock; waits for whoever has it, in this process or another."""
-    with path.open("w") as flock:
-        while True:  # never blocks in flock(2): under gevent that would stop every host
-            try:
-                fcntl.flock(flock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.2)
-        yield
 
 
 def _pip(requirements: str, lock: Lock, folder: Path, *options: str) -> str | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import platformdirs
 
 from gpufleet import ROOT
+from gpufleet.alone import alone
 from gpufleet.errors import FleetError
 
 LOCK = ROOT / "files" / "swarm" / "libtorrent.lock"
@@ -26,22 +25,13 @@ def wheel(tag: str, machine: str) -> Path:
     folder = platformdirs.user_cache_path("gpufleet") / "swarm" / f"{locked}-{tag}-{machine}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".flock").open("w") as held:
-            _wait(held.fileno())
+        with alone(folder / ".flock"):
             if not (folder / ".whole").exists():
                 _download(tag, machine, folder)
                 (folder / ".whole").touch()
     except OSError as error:
         raise FleetError(f"{folder}: {error.strerror}: check its disk and permissions") from None
     return next(folder.glob("*.whl"))
-
-
-def _wait(descriptor: int) -> None:
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.2)
 
 
 def _download(tag: str, machine: str, folder: Path) -> None:
