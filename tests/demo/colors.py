@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +33,30 @@ class ColorEngine:
     """
 
     model_id = "colors"
-    needs_image = True
 
-    def stream(
-        self, image: Image.Image | None, turns: Sequence[Any], sampling: Any
-    ) -> Iterator[str]:
-        assert image is not None
+    def __init__(self) -> None:
+        from modeldemo.engine import Conversation, Page, Sampling, Turn
+
+        self.page = Page(pictures="one", controls=("num_beams", "temperature"))
+        self.defaults = Sampling()
+        self.health = Conversation((Turn("user", "?", (Image.new("RGB", (9, 9), "white"),)),))
+
+    def stream(self, conversation: Any, sampling: Any) -> Iterator[Any]:
+        from modeldemo.engine import Piece
+
+        image, turns = conversation.images[-1], conversation.turns
         question = turns[-1].text
         if "fail" in question:
             raise RuntimeError("the color\nsensor broke")
         words = f"It is mostly {dominant(image)} after {len(turns)} turns.".split()
         if "one after the other" in question:
             words = [sorted(COLORS)[i % len(COLORS)] for i in range(sampling.max_new_tokens)]
+        yield Piece(prompt_tokens=len(question.split()))
         for i, word in enumerate(words):
             if "slowly" in question:
                 time.sleep(0.1)
-            yield word if i == 0 else f" {word}"
+            yield Piece(word if i == 0 else f" {word}", new_tokens=1)
+        yield Piece(finish="length" if len(words) == sampling.max_new_tokens else "stop")
 
 
 def dominant(image: Image.Image) -> str:

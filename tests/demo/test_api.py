@@ -103,7 +103,9 @@ def test_streamed_pieces_join_to_the_same_answer(service: Service) -> None:
     assert reasons == [None] * (len(chunks) - 1) + ["stop"]
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
-    assert "usage" not in whole  # the engine counts no tokens, and none are invented
+    made = len(joined.split())
+    used = {"prompt_tokens": 2, "completion_tokens": made, "total_tokens": 2 + made}
+    assert whole["usage"] == used
 
 
 def test_pieces_arrive_while_the_model_is_still_answering(service: Service) -> None:

@@ -7,13 +7,14 @@ import pytest
 import tiny
 import torch
 from modeldemo import config, systems
-from modeldemo.engine import BadRequest, Sampling, Turn
+from modeldemo.engine import BadRequest, Conversation, Sampling, Turn
 from modeldemo.minigpt4.preprocess import MEAN, STD, preprocess
 from modeldemo.pico import pictures
 from PIL import Image
+from tiny import about, pieces
 from torch.nn.functional import gelu, layer_norm, linear
 
-QUESTION = [Turn("user", "What color is the circle?")]
+QUESTION = Turn("user", "What color is the circle?")
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
 
 
@@ -150,8 +151,8 @@ def test_a_decapoda_style_directory_gives_the_same_answer(made, engine, picture,
     raw["architectures"] = ["LLaMAForCausalLM"]
     (vicuna / "config.json").write_text(json.dumps(raw))
     again = systems.load(config.load(*tiny.write_yamls(tmp_path), []), "cpu", "tiny")
-    expected = "".join(engine.stream(picture, QUESTION, GREEDY))
-    assert "".join(again.stream(picture, QUESTION, GREEDY)) == expected
+    expected = "".join(pieces(engine, about(picture, QUESTION), GREEDY))
+    assert "".join(pieces(again, about(picture, QUESTION), GREEDY)) == expected
 
 
 def test_one_bos_starts_the_context_and_the_picture_stands_inside(made, engine, picture):
@@ -166,16 +167,16 @@ def test_one_bos_starts_the_context_and_the_picture_stands_inside(made, engine, 
 
 
 def test_a_long_conversation_loses_its_beginning_and_is_answered(engine, picture):
-    long = [Turn("user", "words " * 3000)]
-    context = engine._context(picture, f"<ImageHere>{long[0].text}", 12)
+    long = Turn("user", "words " * 3000)
+    context = engine._context(picture, f"<ImageHere>{long.text}", 12)
     assert context.shape[1] == 512 - 12
-    assert list(engine.stream(picture, long, GREEDY)) is not None
+    assert list(engine.stream(about(picture, long), GREEDY))[-1].finish
 
 
 def test_greedy_is_repeatable_and_a_seed_makes_sampling_so(engine, picture):
     def answer(**how):
         sampling = Sampling(max_new_tokens=20, **how)
-        return "".join(engine.stream(picture, QUESTION, sampling))
+        return "".join(pieces(engine, about(picture, QUESTION), sampling))
 
     assert answer(temperature=0) == answer(temperature=0)
     assert answer(temperature=1.0, seed=3) == answer(temperature=1.0, seed=3)
@@ -184,7 +185,7 @@ def test_greedy_is_repeatable_and_a_seed_makes_sampling_so(engine, picture):
 
 def test_beams_answer_in_one_piece(engine, picture):
     sampling = Sampling(temperature=0, num_beams=3, max_new_tokens=8)
-    assert len([p for p in engine.stream(picture, QUESTION, sampling) if p]) <= 1
+    assert len(pieces(engine, about(picture, QUESTION), sampling)) <= 1
 
 
 def test_generation_stops_at_the_separator(engine, picture):
@@ -199,11 +200,12 @@ def test_generation_stops_at_the_separator(engine, picture):
         hook = engine._model.llama.model.norm.register_forward_hook(
             lambda _, __, out: hidden.append(out)
         )
-        list(engine.stream(picture, QUESTION, Sampling(temperature=0, max_new_tokens=1)))
+        one = Sampling(temperature=0, max_new_tokens=1)
+        list(engine.stream(about(picture, QUESTION), one))
         with torch.inference_mode():
             head[separator[0]] = hidden[-1][0, -1]
         hidden.clear()
-        assert "".join(engine.stream(picture, QUESTION, GREEDY)) == ""
+        assert "".join(pieces(engine, about(picture, QUESTION), GREEDY)) == ""
         assert len(hidden) == 1
     finally:
         hook.remove()
@@ -216,14 +218,14 @@ def test_closing_early_stops_the_generation(engine, picture, beams):
     steps = []
     hook = engine._model.llama.lm_head.register_forward_hook(lambda *_: steps.append(1))
     try:
-        pieces = engine.stream(
-            picture, QUESTION, Sampling(temperature=0, num_beams=beams, max_new_tokens=400)
-        )
-        next(pieces)
-        pieces.close()
+        sampling = Sampling(temperature=0, num_beams=beams, max_new_tokens=400)
+        stream = engine.stream(about(picture, QUESTION), sampling)
+        assert next(stream).prompt_tokens > 0
+        next(stream)
+        stream.close()
         at_close = len(steps)
         assert at_close < 100
-        assert "".join(engine.stream(picture, QUESTION, GREEDY)) is not None
+        assert "".join(pieces(engine, about(picture, QUESTION), GREEDY)) is not None
         assert len(steps) - at_close <= 12
     finally:
         hook.remove()
@@ -231,13 +233,13 @@ def test_closing_early_stops_the_generation(engine, picture, beams):
 
 def test_a_question_without_a_picture_is_refused(engine):
     with pytest.raises(BadRequest, match="picture"):
-        list(engine.stream(None, QUESTION, GREEDY))
+        list(engine.stream(Conversation((QUESTION,)), GREEDY))
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 512, 10**9])
 def test_an_impossible_number_of_new_tokens_is_refused(engine, picture, tokens):
     with pytest.raises(BadRequest, match="max_tokens"):
-        list(engine.stream(picture, QUESTION, Sampling(max_new_tokens=tokens)))
+        list(engine.stream(about(picture, QUESTION), Sampling(max_new_tokens=tokens)))
 
 
 def test_a_picture_is_squeezed_not_cropped_and_normalised():

@@ -18,10 +18,10 @@ from modeldemo.minigpt4.tokenizer import Tokenizer
 from modeldemo.pico import evaluate, pictures
 from modeldemo.pico.train import Dialogues, Plan
 from modeldemo.pico.write import zero_padded
+from tiny import about, pieces
 
 ROOT = Path(__file__).parents[2]
 PICO = ROOT / "files" / "weights" / "pico"
-GREEDY = Sampling(temperature=0, max_new_tokens=40)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def engine(tmp_path_factory):
 
 
 def say(engine, scene, *turns):
-    return "".join(engine.stream(pictures.draw(scene), turns, GREEDY))
+    return "".join(pieces(engine, about(pictures.draw(scene), *turns)))
 
 
 def test_it_answers_at_least_95_percent_of_200_held_out_questions(engine):
@@ -78,7 +78,7 @@ def test_an_answer_ends_by_itself(engine):
         scene = pictures.held_out_examples(9, 1)[0].scene
         sampling = Sampling(temperature=0, max_new_tokens=300)
         turn = Turn("user", "How many shapes are there?")
-        answer = "".join(engine.stream(pictures.draw(scene), [turn], sampling))
+        answer = "".join(pieces(engine, about(pictures.draw(scene), turn), sampling))
     finally:
         hook.remove()
     assert answer.endswith(".")
@@ -89,16 +89,15 @@ def test_beams_give_the_same_answer_in_one_piece(engine):
     example = pictures.held_out_examples(10, 1)[0]
     sampling = Sampling(temperature=0, num_beams=3, max_new_tokens=40)
     turn = Turn("user", example.question)
-    pieces = [p for p in engine.stream(pictures.draw(example.scene), [turn], sampling) if p]
-    assert len(pieces) == 1
-    assert pictures.is_right(pieces[0], example.answer)
+    answer = pieces(engine, about(pictures.draw(example.scene), turn), sampling)
+    assert len(answer) == 1
+    assert pictures.is_right(answer[0], example.answer)
 
 
 def test_streaming_comes_in_several_pieces(engine):
     example = pictures.held_out_examples(10, 1)[0]
     turn = Turn("user", example.question)
-    pieces = [p for p in engine.stream(pictures.draw(example.scene), [turn], GREEDY) if p]
-    assert len(pieces) > 2
+    assert len(pieces(engine, about(pictures.draw(example.scene), turn))) > 2
 
 
 def tensors(folder):

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import yaml
+from modeldemo.engine import Conversation, Engine, Sampling, Turn
 from modeldemo.minigpt4.model import MiniGPT4
 from modeldemo.minigpt4.sizes import QFormerSizes, Sizes, VitSizes
 from modeldemo.pico import write
 from modeldemo.pico.train import make_tokenizer
+from PIL import Image
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+GREEDY = Sampling(temperature=0, max_new_tokens=40)
 SIZES = Sizes(VitSizes(32, 2, 4, 48, 8), QFormerSizes(24, 3, 4, 40, 2), 32, 5)
 VOCABULARY = 400
+
+
+def about(picture: Image.Image, *turns: Turn) -> Conversation:
+    """A conversation whose first turn holds the picture."""
+    return Conversation((replace(turns[0], images=(picture,)), *turns[1:]))
+
+
+def pieces(engine: Engine, said: Conversation, sampling: Sampling = GREEDY) -> list[str]:
+    """The texts of an answer, those that are empty left out."""
+    return [piece.text for piece in engine.stream(said, sampling) if piece.text]
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modeldemo.engine import BadRequest, ModelDemoError, Sampling, Turn
+from modeldemo.engine import BadRequest, Conversation, ModelDemoError, Sampling, Turn
 from modeldemo.images import MAX_BYTES, TooLarge, decode_url
 from modeldemo.runner import Answer, Runner, Unavailable
 
@@ -104,20 +104,23 @@ class ChatRequest(_Strict):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool | None = None
-    # Not OpenAI's: MiniGPT-4's own knobs.
+    # Not OpenAI's: the models' own knobs.
+    top_k: int | None = Field(None, ge=0, le=1000)
     num_beams: int | None = Field(None, ge=1, le=10)
     repetition_penalty: float | None = Field(None, ge=1, le=2)
 
-    def sampling(self) -> Sampling:
+    def sampling(self, defaults: Sampling) -> Sampling:
+        """What the request says, over what the model takes by default."""
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
+            "top_k": self.top_k,
             "max_new_tokens": self.max_completion_tokens or self.max_tokens,
             "seed": self.seed,
             "num_beams": self.num_beams,
             "repetition_penalty": self.repetition_penalty,
         }
-        return Sampling(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        return replace(defaults, **{k: v for k, v in given.items() if v is not None})
 
 
 def parse(body: bytes) -> ChatRequest:
@@ -135,11 +138,12 @@ def parse(body: bytes) -> ChatRequest:
     return request
 
 
-def conversation(messages: list[_ChatMessage]) -> list[Turn]:
+def conversation(messages: list[_ChatMessage], system_prompt: bool) -> Conversation:
     """Turns that take turns: the user's first and last, neighbours of one role joined.
 
-    The models have a system prompt of their own that they were trained with, so a system message
-    goes in front of the first question. Raises BadRequest when there is no question to answer.
+    A model that takes no system prompt has one of its own that it was trained with, so a system
+    message goes in front of the first question. Raises BadRequest when there is no question to
+    answer, or for a picture that images.decode_url refuses.
     """
     if messages[-1].role != "user":
         raise BadRequest("messages: the last one must be the user's")
@@ -148,23 +152,17 @@ def conversation(messages: list[_ChatMessage]) -> list[Turn]:
     instructions = [m.text for m in messages if m.role in ("system", "developer") and m.text]
     turns: list[Turn] = []
     for message in messages:
+        if message.images and message.role != "user":
+            raise BadRequest(f"messages: an {message.role} message cannot hold a picture")
         if message.role == "user" or (message.role == "assistant" and turns):
             role: Literal["user", "assistant"] = message.role
-            before = [] if turns else instructions
+            before = [] if turns or system_prompt else instructions
+            images = tuple(decode_url(url) for url in message.images)
             if turns and turns[-1].role == role:
-                before = [turns.pop().text]
-            turns.append(Turn(role, "\n".join(t for t in (*before, message.text) if t)))
-    return turns
-
-
-def last_picture(messages: list[_ChatMessage]) -> Image.Image | None:
-    """Decode the conversation's last picture; raises BadRequest as images.decode_url does."""
-    for message in reversed(messages):
-        if message.images:
-            if message.role != "user":
-                raise BadRequest(f"messages: an {message.role} message cannot hold a picture")
-            return decode_url(message.images[-1])
-    return None
+                joined = turns.pop()
+                before, images = [joined.text], joined.images + images
+            turns.append(Turn(role, "\n".join(t for t in (*before, message.text) if t), images))
+    return Conversation(tuple(turns), "\n".join(instructions) if system_prompt else "")
 
 
 class Gate:
@@ -309,16 +307,15 @@ def create_app(runner: Runner, page: Slot) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        runner.require_ready()
+        engine = runner.require_ready()
         runner.require_room()
         body = await request.body()
         asked = await asyncio.to_thread(parse, body)
         del body
         _require_model(asked.model, runner)
-        turns = conversation(asked.messages)
         async with decoding:
-            image = await asyncio.to_thread(last_picture, asked.messages)
-        answer = runner.ask(image, turns, asked.sampling())
+            said = await asyncio.to_thread(conversation, asked.messages, engine.page.system_prompt)
+        answer = runner.ask(said, asked.sampling(engine.defaults))
         watcher = asyncio.create_task(_leave_with_client(request, answer))
         watchers.add(watcher)  # the loop itself holds tasks weakly
         watcher.add_done_callback(watchers.discard)
@@ -331,8 +328,14 @@ def create_app(runner: Runner, page: Slot) -> FastAPI:
         if answer.left:
             return Response(status_code=499)
         message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return JSONResponse({**_head("chat.completion", runner), "choices": [choice]})
+        choice = {"index": 0, "message": message, "finish_reason": answer.finish}
+        usage = {
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.new_tokens,
+            "total_tokens": answer.prompt_tokens + answer.new_tokens,
+        }
+        head = _head("chat.completion", runner)
+        return JSONResponse({**head, "choices": [choice], "usage": usage})
 
     app.mount("/", page)
     app.add_exception_handler(ModelDemoError, _on_error)
@@ -363,7 +366,7 @@ async def _events(answer: Answer, runner: Runner) -> AsyncIterator[bytes]:
         async with aclosing(answer.pieces(PATIENCE)) as pieces:
             async for piece in pieces:
                 yield chunk({"content": piece}) if piece else b": waiting\n\n"
-        yield chunk({}, "stop")
+        yield chunk({}, answer.finish)
     except ModelDemoError as error:
         yield event(_error_body(error)[1])
     yield b"data: [DONE]\n\n"
@@ -373,7 +376,6 @@ _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx 
 
 
 def _head(kind: str, runner: Runner) -> dict[str, Any]:
-    # No usage: the engines give text, and an estimate of tokens would be an invention.
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": kind,

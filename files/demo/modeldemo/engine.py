@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,16 +18,52 @@ class Sampling:
     num_beams: int = 1
     max_new_tokens: int = 300
     top_p: float = 0.9
+    top_k: int = 50  # 0 means all
     repetition_penalty: float = 1.0
     seed: int | None = None
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation."""
+    """One message of a conversation; pictures are the user's."""
 
     role: Literal["user", "assistant"]
     text: str
+    images: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What was said so far; roles alternate, the first turn and the last are the user's."""
+
+    turns: tuple[Turn, ...]
+    system: str = ""
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """All pictures, in the order in which they were sent."""
+        return tuple(image for turn in self.turns for image in turn.images)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer: text that nothing takes back, and the tokens made since the last one."""
+
+    text: str = ""
+    new_tokens: int = 0
+    prompt_tokens: int = 0  # of the whole question, in the first piece
+    finish: Literal["stop", "length"] | None = None  # in the last piece
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the page of a system shows and the API takes."""
+
+    kind: Literal["chat", "labels"] = "chat"
+    pictures: Literal["none", "one", "several"] = "none"
+    system_prompt: bool = False
+    controls: tuple[str, ...] = ()
+    """Fields of Sampling that a person can set, in the order shown."""
 
 
 class ModelDemoError(Exception):
@@ -38,19 +74,31 @@ class BadRequest(ModelDemoError):
     """A request that cannot be answered because of what the caller sent."""
 
 
+class OutOfMemory(ModelDemoError):
+    """A request that the device had no memory for; the next one may be answered."""
+
+
 class Engine(Protocol):
     """A loaded system that answers one conversation at a time."""
 
     model_id: str
-    needs_image: bool
+    page: Page
+    defaults: Sampling
+    """What a request does not say."""
+    health: Conversation
+    """A small question whose answer proves that the model works."""
 
-    def stream(
-        self, image: Image.Image | None, turns: Sequence[Turn], sampling: Sampling
-    ) -> Iterator[str]:
-        """Yield pieces of the answer to the last user turn.
+    @classmethod
+    def load(cls, settings: Any, device: str, model_id: str) -> Engine:
+        """Load what `System.read` returned on `auto`, `cpu` or `cuda`; raises ModelDemoError."""
+        ...
 
-        Joined, the pieces are the post-processed answer. One call at a time: the server holds a
-        lock. Closing the iterator early stops the generation promptly. Raises BadRequest for a
-        conversation that cannot be answered.
+    def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Piece]:
+        """Yield the answer to the last user turn in pieces.
+
+        Their texts, joined, are the post-processed answer. A piece without text comes for every
+        step that has nothing to show, so that whoever reads can stop at any token. One call at a
+        time: the server holds a lock. Closing the iterator early stops the generation promptly.
+        Raises BadRequest for a conversation that cannot be answered, OutOfMemory.
         """
         ...

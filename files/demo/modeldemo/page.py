@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from fastapi import FastAPI
 from jinja2 import ChoiceLoader, DictLoader
 from PIL import Image
 
-from modeldemo.engine import BadRequest, ModelDemoError, Sampling, Turn
+from modeldemo.engine import BadRequest, Conversation, ModelDemoError, Turn
 from modeldemo.images import MAX_BYTES, decode
 from modeldemo.runner import Runner
 
@@ -143,9 +144,9 @@ def build(runner: Runner, examples: Sequence[Path] = ()) -> FastAPI:
 
 def _blocks(runner: Runner, examples: Sequence[Path]) -> gr.Blocks:
     assert runner.engine
-    with_picture = runner.engine.needs_image
+    with_picture = runner.engine.page.pictures != "none"
     hint = WITH_PICTURE if with_picture else WITHOUT
-    default = Sampling()
+    default = runner.engine.defaults
     title = f"{runner.model_id} · modeldemo"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, UPLOAD_LIFE)) as blocks:
         gr.Markdown(f"# {runner.model_id}\n{hint}", elem_id="head")
@@ -266,8 +267,9 @@ def _blocks(runner: Runner, examples: Sequence[Path]) -> gr.Blocks:
             text = ""
             try:
                 image = await asyncio.to_thread(_open, path) if path else None
-                sampling = Sampling(temperature=heat, num_beams=int(num_beams))
-                reply = runner.ask(image, history, sampling)
+                first = replace(history[0], images=(image,) if image else ())
+                sampling = replace(default, temperature=heat, num_beams=int(num_beams))
+                reply = runner.ask(Conversation((first, *history[1:])), sampling)
                 async with aclosing(reply.pieces(GLANCE)) as pieces:
                     async for piece in pieces:
                         if gone.is_set():

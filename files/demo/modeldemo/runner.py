@@ -7,14 +7,20 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Literal, TypeVar, cast
 
-from PIL import Image
-
-from modeldemo.engine import BadRequest, Engine, ModelDemoError, Sampling, Turn
+from modeldemo.engine import (
+    BadRequest,
+    Conversation,
+    Engine,
+    ModelDemoError,
+    Piece,
+    Sampling,
+)
 from modeldemo.metrics import Metrics
 
 log = logging.getLogger("modeldemo")
@@ -42,6 +48,10 @@ class Answer:
         self._future: Future[None] | None = None
         self._ahead: list[str | None] = []  # what wait_first took
         self.asked = time.monotonic()
+        # Whole once the last piece has come.
+        self.prompt_tokens = 0
+        self.new_tokens = 0
+        self.finish: Literal["stop", "length"] = "stop"
 
     @property
     def left(self) -> bool:
@@ -155,27 +165,25 @@ class Runner:
                 max(1, math.ceil(self._last_seconds)),
             )
 
-    def ask(self, image: Image.Image | None, turns: Sequence[Turn], sampling: Sampling) -> Answer:
+    def ask(self, conversation: Conversation, sampling: Sampling) -> Answer:
         """Queue a question. Raises Unavailable (not ready, queue full) or BadRequest."""
         engine = self.require_ready()
-        if engine.needs_image and image is None:
+        pictures = engine.page.pictures
+        if pictures != "none" and not conversation.images:
             raise BadRequest(
                 f"the model {self.model_id} answers about a picture; "
                 "add one as an image_url part of a user message"
             )
-        if image is not None and not engine.needs_image:
+        if conversation.images and pictures == "none":
             raise BadRequest(f"the model {self.model_id} reads no pictures; leave image_url out")
         self.require_room()
-        return self._submit(engine, image, turns, sampling)
+        return self._submit(engine, conversation, sampling)
 
     async def prove(self) -> None:
         """Answer one short question, as a proof that the model works; raises ModelDemoError."""
         assert self.engine
-        picture = Image.new("RGB", (224, 224), "white") if self.engine.needs_image else None
-        question = [Turn("user", "Describe this image in detail.")]
-        answer = self._submit(
-            self.engine, picture, question, Sampling(temperature=0, max_new_tokens=8)
-        )
+        short = replace(self.engine.defaults, temperature=0, max_new_tokens=8)
+        answer = self._submit(self.engine, self.engine.health, short)
         async for _ in answer.pieces():
             pass
 
@@ -197,12 +205,11 @@ class Runner:
     def _submit(
         self,
         engine: Engine,
-        image: Image.Image | None,
-        turns: Sequence[Turn],
+        conversation: Conversation,
         sampling: Sampling,
     ) -> Answer:
         answer = Answer()
-        future = self._thread.submit(self._answer, engine, answer, image, turns, sampling)
+        future = self._thread.submit(self._answer, engine, answer, conversation, sampling)
         answer._future = future
         self._jobs[future] = answer
         future.add_done_callback(lambda done: self._jobs.pop(done, None))
@@ -212,8 +219,7 @@ class Runner:
         self,
         engine: Engine,
         answer: Answer,
-        image: Image.Image | None,
-        turns: Sequence[Turn],
+        conversation: Conversation,
         sampling: Sampling,
     ) -> None:
         started = time.monotonic()
@@ -221,19 +227,22 @@ class Runner:
         outcome = "complete"
         try:
             # Leaving the block closes the iterator, which stops the model.
-            stream = cast("Generator[str, None, None]", engine.stream(image, turns, sampling))
+            stream = cast("Generator[Piece, None, None]", engine.stream(conversation, sampling))
             with closing(stream) as pieces:
                 for piece in pieces:
                     if answer.left:
                         outcome = "cancelled"
                         break
-                    if not piece:
+                    answer.prompt_tokens += piece.prompt_tokens
+                    answer.new_tokens += piece.new_tokens
+                    answer.finish = piece.finish or answer.finish
+                    if not piece.text:
                         continue
                     if first:
                         self.metrics.first_piece_seconds.observe(time.monotonic() - answer.asked)
                         first = False
                     self.metrics.pieces.inc()
-                    answer._put(piece)
+                    answer._put(piece.text)
         except BadRequest as error:
             outcome = "refused"
             answer._put(error)

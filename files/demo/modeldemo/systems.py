@@ -13,19 +13,19 @@ from .minigpt4 import settings as minigpt4
 
 @dataclass(frozen=True)
 class System:
-    """How to check a system's configuration (light) and how to load it (heavy)."""
+    """How to check a system's configuration (light), and its class, whose import is heavy."""
 
     read: Callable[[Section], Any]
-    load: Callable[[Any, str, str], Engine]
+    engine: Callable[[], type[Engine]]
 
 
-def _load_minigpt4(settings: minigpt4.Settings, device: str, model_id: str) -> Engine:
-    from .minigpt4.load import load
+def _minigpt4() -> type[Engine]:
+    from .minigpt4.engine import MiniGPT4Engine
 
-    return load(settings, device, model_id)
+    return MiniGPT4Engine
 
 
-SYSTEMS = {"mini_gpt4": System(minigpt4.read, _load_minigpt4)}
+SYSTEMS = {"mini_gpt4": System(minigpt4.read, _minigpt4)}
 
 
 def find(arch: str, origin: str) -> System:
@@ -39,4 +39,4 @@ def find(arch: str, origin: str) -> System:
 
 def load(config: DemoConfig, device: str = "auto", model_id: str = "pico") -> Engine:
     """Load the configured system on `auto`, `cpu` or `cuda`; raises ModelDemoError."""
-    return SYSTEMS[config.arch].load(config.settings, device, model_id)
+    return SYSTEMS[config.arch].engine().load(config.settings, device, model_id)

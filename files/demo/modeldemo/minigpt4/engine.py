@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,11 +13,22 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ..engine import BadRequest, ModelDemoError, Sampling, Turn
+from ..engine import (
+    BadRequest,
+    Conversation,
+    ModelDemoError,
+    OutOfMemory,
+    Page,
+    Piece,
+    Sampling,
+    Turn,
+)
 from .answer import Answer
 from .conversation import around_image, prompt
+from .load import load
 from .model import MiniGPT4
 from .preprocess import preprocess
+from .settings import Settings
 from .tokenizer import Tokenizer
 
 # Tokens of question and answer together, as upstream's demo limits them.
@@ -27,7 +38,22 @@ MAX_LENGTH = 2000
 class MiniGPT4Engine:
     """The Engine of MiniGPT-4; see modeldemo.engine for what it promises."""
 
-    needs_image = True
+    page = Page(pictures="one", controls=("num_beams", "temperature"))
+    defaults = Sampling()
+    health = Conversation(
+        (
+            Turn(
+                "user",
+                "Describe this image in detail.",
+                (Image.new("RGB", (224, 224), "white"),),
+            ),
+        )
+    )
+
+    @classmethod
+    def load(cls, settings: Settings, device: str, model_id: str) -> MiniGPT4Engine:
+        """Load a configured model; see modeldemo.engine."""
+        return cls(model_id, *load(settings, device))
 
     def __init__(self, model_id: str, model: MiniGPT4, tokenizer: Tokenizer) -> None:
         self.model_id = model_id
@@ -36,36 +62,33 @@ class MiniGPT4Engine:
         self._device = model.query_tokens.device
         self._limit = min(MAX_LENGTH, model.llama.config.max_position_embeddings)
 
-    def stream(
-        self, image: Image.Image | None, turns: Sequence[Turn], sampling: Sampling
-    ) -> Iterator[str]:
-        """Yield the answer to the last turn; with beams it comes as one piece.
-
-        An empty piece comes for every step that has nothing to show, so that whoever reads can
-        stop the generation at any token.
-        """
-        if image is None:
+    def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Piece]:
+        """Yield the answer to the last turn; with beams its text comes as one piece."""
+        if not conversation.images:
             raise BadRequest("messages: this model talks about a picture; attach one")
         if not 0 < sampling.max_new_tokens < self._limit:
             raise BadRequest(f"max_tokens: must be 1 to {self._limit - 1}")
-        text = prompt(turns)
-        return self._stream(image, text, sampling)
+        text = prompt(conversation.turns)
+        return self._stream(conversation.images[-1], text, sampling)
 
-    def _stream(self, image: Image.Image, text: str, sampling: Sampling) -> Iterator[str]:
+    def _stream(self, image: Image.Image, text: str, sampling: Sampling) -> Iterator[Piece]:
         context = self._context(image, text, sampling.max_new_tokens)
+        yield Piece(prompt_tokens=context.shape[1])
         job = _Job(self._model, self._tokenizer, context, sampling)
         job.start()
         try:
             answer = Answer(self._tokenizer)
-            held = ""
+            held, made = "", 0
             for ids in job.tokens():
-                piece = answer.add(ids)
+                made += len(ids)
+                text = answer.add(ids)
                 if sampling.num_beams > 1:
-                    held, piece = held + piece, ""
-                yield piece
+                    held, text = held + text, ""
+                yield Piece(text, len(ids))
                 if answer.ended:
                     break
-            yield held + answer.finish()
+            cut = made >= sampling.max_new_tokens and not answer.ended
+            yield Piece(held + answer.finish(), finish="length" if cut else "stop")
         finally:
             job.stop()
 
@@ -146,7 +169,7 @@ class _Job(BaseStreamer, StoppingCriteria):
                 "do_sample": True,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
-                "top_k": 50,  # upstream leaves transformers' default of its time
+                "top_k": sampling.top_k,
             }
         try:
             if sampling.seed is not None:
@@ -174,7 +197,7 @@ class _Job(BaseStreamer, StoppingCriteria):
 def _explained(error: BaseException) -> ModelDemoError:
     """What a person can do about a failed generation, in one line."""
     if isinstance(error, torch.OutOfMemoryError):
-        return ModelDemoError(
+        return OutOfMemory(
             "GPU out of memory: use one beam, set model.low_resource to True, or take the 7B model"
         )
     if "probability tensor contains" in str(error):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from ..engine import Engine, ModelDemoError
+from ..engine import ModelDemoError
 from .checkpoints import (
     load_llama,
     load_projection,
@@ -19,7 +19,6 @@ from .checkpoints import (
     read_llama_config,
     read_projection,
 )
-from .engine import MiniGPT4Engine
 from .model import MiniGPT4
 from .settings import Settings
 from .tokenizer import Tokenizer
@@ -27,8 +26,8 @@ from .tokenizer import Tokenizer
 log = logging.getLogger("modeldemo")
 
 
-def load(settings: Settings, device: str, model_id: str) -> Engine:
-    """An engine on `auto`, `cpu` or `cuda`; raises ModelDemoError, one line."""
+def load(settings: Settings, device: str) -> tuple[MiniGPT4, Tokenizer]:
+    """The model on `auto`, `cpu` or `cuda`, and its tokenizer; raises ModelDemoError, one line."""
     place = _device(device)
     config = read_llama_config(settings.llama)
     tokenizer = Tokenizer(settings.llama / "tokenizer.model")
@@ -43,7 +42,7 @@ def load(settings: Settings, device: str, model_id: str) -> Engine:
             f"{settings.llama}: the weights do not fit the GPU's memory; set model.low_resource "
             "to True or take the 7B model"
         ) from error
-    return MiniGPT4Engine(model_id, model, tokenizer)
+    return model, tokenizer
 
 
 def _load(settings: Settings, config: LlamaConfig, device: torch.device) -> MiniGPT4:

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..engine import Engine, Sampling, Turn
-from ..minigpt4.load import load
+from ..engine import Conversation, Engine, Sampling, Turn
+from ..minigpt4.engine import MiniGPT4Engine
 from ..minigpt4.settings import Settings
 from ..minigpt4.sizes import Sizes
 from . import pictures
@@ -37,15 +37,16 @@ def pico_settings(folder: Path, sizes: Sizes) -> Settings:
 
 def ask(source: Settings | Engine, seed: int, count: int) -> Result:
     """Greedy answers to `count` held-out questions, on the CPU in float32."""
-    engine = load(source, "cpu", "pico") if isinstance(source, Settings) else source
+    if isinstance(source, Settings):
+        source = MiniGPT4Engine.load(source, "cpu", "pico")
     right = {kind: [0, 0] for kind in (*pictures.KINDS, "all")}
     took: list[float] = []
     wrong: list[tuple[str, str, str]] = []
     for example in pictures.held_out_examples(seed, count):
         began = time.perf_counter()
-        turns = [Turn("user", example.question)]
+        turn = Turn("user", example.question, (pictures.draw(example.scene),))
         sampling = Sampling(temperature=0, max_new_tokens=40)
-        answer = "".join(engine.stream(pictures.draw(example.scene), turns, sampling))
+        answer = "".join(piece.text for piece in source.stream(Conversation((turn,)), sampling))
         took.append(time.perf_counter() - began)
         good = pictures.is_right(answer, example.answer)
         if not good:
