@@ -90,7 +90,7 @@ def _check(one: Host) -> list[str]:
         found
         + findings(
             settings,
-            settings.model,
+            settings.model_id,
             model,
             picture,
             python,
