@@ -25,6 +25,15 @@ def load(folder, tmp_path, **keys):
     return systems.load(config.load(None, file, []), "cpu", "tiny")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny matrices: threads would wait for each other, the longer the busier the machine is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return tiny_systems.clip(tmp_path_factory.mktemp("clip"))

@@ -26,6 +26,15 @@ def load(folder, tmp_path, **keys):
     return systems.load(config.load(None, file, []), "cpu", "tiny")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny matrices: threads would wait for each other, the longer the busier the machine is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return tiny_systems.starchat(tmp_path_factory.mktemp("starchat"))
@@ -162,10 +171,10 @@ def test_the_greedy_answer_is_that_of_transformers_generate(made, engine, penalt
 
 
 def first_tokens(engine, **how):
-    """The first tokens of 40 answers to one question, None for those that end it."""
+    """The first tokens of 20 answers to one question, None for those that end it."""
     prompt = engine._tokenizer.prompt(QUESTION)
     tokens = set()
-    for seed in range(40):
+    for seed in range(20):
         list(engine.stream(QUESTION, Sampling(max_new_tokens=2, seed=seed, **how)))
         # What was read behind the prompt is the token that was chosen.
         tokens.add(next(iter(engine._cached[len(prompt) :]), None))
@@ -393,6 +402,14 @@ def test_bin_files_give_the_same_answer_as_safetensors(engine, copy, tmp_path):
     assert text(again.stream(QUESTION, GREEDY)) == text(engine.stream(QUESTION, GREEDY))
 
 
+def test_an_index_whose_files_were_not_fetched_is_passed_over(engine, copy, tmp_path):
+    """The repository has the weights twice; `*.json` brings both indexes."""
+    other = {"weight_map": {"lm_head.weight": "pytorch_model-00001-of-00004.bin"}}
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps(other))
+    again = load(copy, tmp_path)
+    assert text(again.stream(QUESTION, GREEDY)) == text(engine.stream(QUESTION, GREEDY))
+
+
 def test_half_precision_is_loaded_when_asked_for(made, tmp_path):
     half = load(made.folder, tmp_path, precision="bf16")
     assert {p.dtype for p in half._model.parameters()} == {torch.bfloat16}
@@ -418,7 +435,7 @@ def without(file, name):
     save_file(tensors, file)
 
 
-SHARD = "model-00002-of-00002.safetensors"
+SHARD, INDEX = "model-00002-of-00002.safetensors", "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
@@ -427,6 +444,8 @@ SHARD = "model-00002-of-00002.safetensors"
         (lambda f: (f / SHARD).unlink(), f"{SHARD}: not a file"),
         (lambda f: shorten(f / SHARD), f"{SHARD}: cannot be read .*fetch the file again"),
         (lambda f: (f / SHARD).write_bytes(b""), f"{SHARD}: empty"),
+        (lambda f: (f / INDEX).write_text("{}"), f"{INDEX}: not a shard index"),
+        (lambda f: (f / INDEX).unlink(), r"no weights .*in Hugging Face's layout"),
         (
             lambda f: (f / SHARD).write_text("version https://git-lfs.github.com/spec/v1\n"),
             f"{SHARD}: a Git LFS pointer",

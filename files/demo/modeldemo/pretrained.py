@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from .engine import ModelDemoError
-from .hub_folder import Settings
+from .hub_folder import Settings, weight_files
 from .minigpt4.checkpoints import read
-from .minigpt4.files import shards
 from .precision import Precision
 
 C = TypeVar("C", bound=PreTrainedConfig)
@@ -96,7 +95,7 @@ def load(model: nn.Module, settings: Settings, device: torch.device, precision: 
     missing = set(wanted)
     dtype = DTYPES.get(precision, torch.float16)
     with _enough_memory(settings.folder):
-        for file in shards(settings.folder):
+        for file in weight_files(settings.folder):
             for name, value in _tensors(file):
                 if name in missing:
                     _check(file, name, value, wanted[name])
