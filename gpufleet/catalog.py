@@ -501,6 +501,8 @@ class Environments(_Entry):
     """What the locked environments need of a driver."""
 
     cuda: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")]
+    gpus_without_code: tuple[str, ...] = ()
+    """Generations that torch's build has no code for."""
 
 
 class Cuda(_Entry):
@@ -601,6 +603,8 @@ class Drivers(_Entry):
         major = self.environments.cuda.partition(".")[0]
         if major not in self.cuda.floors:
             raise ValueError(f"environments: CUDA {major} has no floor")
+        if unknown := set(self.environments.gpus_without_code) - set(self.generations):
+            raise ValueError(f"environments: no generation {min(unknown)}")
         return self
 
     def generation(self, device: str) -> Generation | None:

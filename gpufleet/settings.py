@@ -255,8 +255,7 @@ class Settings(_Model):
     """What one host shall be. Immutable; made by `parse` from pyinfra's inventory data."""
 
     accelerator: Literal["cpu", "cuda"] = "cpu"
-    """What the model runs on. `cpu` leaves kernel and driver alone; `cuda` is refused until
-    this version brings a locked CUDA environment (files/demo/cuda.lock)."""
+    """What the model runs on. `cpu` leaves kernel and driver alone."""
 
     model: Annotated[str, AfterValidator(_model_name)] = "pico"
     """The system to serve: a file of catalog/models/, without .yaml, or the path of an own such

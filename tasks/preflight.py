@@ -99,7 +99,15 @@ def _check(one: Host) -> list[str]:
             files=files,
             serving=not pushing,
         )
-        + pair_findings(made, picture.driver, picture.gpus, drivers)
+        + pair_findings(
+            made,
+            picture.driver,
+            picture.gpus,
+            drivers,
+            to_come=(settings.driver.cuda or drivers.environments.cuda)
+            if verdict is not None
+            else None,
+        )
     )
 
 

@@ -2,8 +2,7 @@
 named after one of its groups, and change it there; later groups win. A dictionary may be partial:
 what it leaves out keeps its default."""
 
-# What the model runs on. `cpu` leaves kernel and driver alone; `cuda` is refused until this
-# version brings a locked CUDA environment.
+# What the model runs on: `cpu`, which leaves kernel and driver alone, or `cuda`.
 accelerator = "cpu"
 
 # The system to serve: a file of catalog/models/, without .yaml, or the path of an own such file.
