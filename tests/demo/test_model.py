@@ -8,6 +8,7 @@ import tiny
 import torch
 from modeldemo import config, systems
 from modeldemo.engine import BadRequest, Conversation, Sampling, Turn
+from modeldemo.minigpt4.conversation import segments
 from modeldemo.minigpt4.preprocess import MEAN, STD, preprocess
 from modeldemo.pico import pictures
 from PIL import Image
@@ -155,22 +156,34 @@ def test_a_decapoda_style_directory_gives_the_same_answer(made, engine, picture,
     assert "".join(pieces(again, about(picture, QUESTION), GREEDY)) == expected
 
 
-def test_one_bos_starts_the_context_and_the_picture_stands_inside(made, engine, picture):
-    tokenizer = engine._tokenizer
-    text = "a<ImageHere>b"
-    context = engine._context(picture, text, 10)
-    a, b = tokenizer.encode("a"), tokenizer.encode("b")
-    embed = engine._model.embed
-    assert context.shape[1] == 1 + len(a) + 5 + len(b)
-    assert torch.equal(context[:, : 1 + len(a)], embed(torch.tensor([[1, *a]])))
-    assert torch.equal(context[:, -len(b) :], embed(torch.tensor([b])))
+def test_the_context_is_the_embedded_words_with_the_picture_inside(made, engine, picture):
+    tokenizer, embed = engine._tokenizer, engine._model.llama.model.embed_tokens
+    before, after = (tokenizer.encode(s.text) for s in segments(about(picture, QUESTION).turns))
+    parts, pictures = engine._context(about(picture, QUESTION), 10)
+    context = engine._embedded(parts, pictures)
+    assert context.shape[1] == 1 + len(before) + 5 + len(after)
+    start = 1 + len(before)
+    assert torch.equal(context[0, :start], embed(torch.tensor([1, *before])))
+    assert torch.equal(context[0, start + 5 :], embed(torch.tensor(after)))
+    with torch.inference_mode():
+        seen = engine._model.encode_image(preprocess(picture, 32))
+    assert torch.equal(context[0, start : start + 5], seen[0])
 
 
-def test_a_long_conversation_loses_its_beginning_and_is_answered(engine, picture):
-    long = Turn("user", "words " * 3000)
-    context = engine._context(picture, f"<ImageHere>{long.text}", 12)
-    assert context.shape[1] == 512 - 12
-    assert list(engine.stream(about(picture, long), GREEDY))[-1].finish
+def test_ten_thousand_words_in_one_question_are_refused(engine, picture):
+    with pytest.raises(BadRequest, match="shorten the question"):
+        list(engine.stream(about(picture, Turn("user", "words " * 10_000)), GREEDY))
+
+
+def test_ten_thousand_words_of_history_lose_their_beginning_and_are_answered(engine, picture):
+    turns = (
+        Turn("user", "Hello?", (picture,)),
+        Turn("assistant", "words " * 10_000),
+        QUESTION,
+    )
+    given = list(engine.stream(Conversation(turns), GREEDY))
+    assert given[0].prompt_tokens == 512 - 12
+    assert given[-1].finish
 
 
 def test_greedy_is_repeatable_and_a_seed_makes_sampling_so(engine, picture):
@@ -197,13 +210,13 @@ def test_generation_stops_at_the_separator(engine, picture):
         with torch.inference_mode():
             head.zero_()
         hidden = []
-        hook = engine._model.llama.model.norm.register_forward_hook(
-            lambda _, __, out: hidden.append(out)
+        hook = engine._model.llama.lm_head.register_forward_pre_hook(
+            lambda _, read: hidden.append(read[0])
         )
         one = Sampling(temperature=0, max_new_tokens=1)
         list(engine.stream(about(picture, QUESTION), one))
         with torch.inference_mode():
-            head[separator[0]] = hidden[-1][0, -1]
+            head[separator[0]] = hidden[-1][-1]
         hidden.clear()
         assert "".join(pieces(engine, about(picture, QUESTION), GREEDY)) == ""
         assert len(hidden) == 1
