@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -61,6 +62,8 @@ class Gate:
                 await refusals.response(refusal)(scope, receive, noted)
             else:
                 await self.app(scope, body.receive, noted)
+        except ClientDisconnect:  # before its body was whole
+            status = 499
         except Exception:
             status = 500
             raise

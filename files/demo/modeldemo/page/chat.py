@@ -33,6 +33,7 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
     engine: Engine = runner.engine
     pictures = engine.page.pictures
     hint = texts.ask if pictures == "none" else texts.picture_first
+    alt = texts.picture if pictures == "several" else None
     sessions = parts.Sessions()
     with parts.page(runner) as page:
         parts.heading(runner, hint, texts)
@@ -145,7 +146,7 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
             new = (path,) if path and (first or pictures == "several") else ()
             history = [*messages, Said("user", asked, new)]
             closed = gr.update(value="", interactive=False), gr.update(interactive=False)
-            yield [_shown(history, pictures, "…"), gr.skip(), gr.skip(), *closed]
+            yield [_shown(history, alt, "…"), gr.skip(), gr.skip(), *closed]
             text = ""
             try:
                 system = str(values[0] or "").strip() if before else ""
@@ -160,14 +161,14 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
                             return
                         if piece:
                             text += piece
-                            yield [_shown(history, pictures, text), *[gr.skip()] * 4]
+                            yield [_shown(history, alt, text), *[gr.skip()] * 4]
             except ModelDemoError as error:
                 gr.Warning(parts.sentence(error, texts))
                 again = gr.update(value=asked, interactive=True), gr.update(interactive=True)
-                yield [_shown(messages, pictures), gr.skip(), gr.skip(), *again]
+                yield [_shown(messages, alt), gr.skip(), gr.skip(), *again]
                 return
             opened = gr.update(interactive=True), gr.update(interactive=True)
-            shown = _shown(history, pictures, text or texts.no_words)
+            shown = _shown(history, alt, text or texts.no_words)
             kept = None if pictures == "several" else path
             yield [shown, [*history, Said("assistant", text)], kept, *opened]
 
@@ -221,12 +222,13 @@ async def _conversation(history: Sequence[Said], system: str) -> Conversation:
 
 
 def _shown(
-    history: Sequence[Said], pictures: str, reply: str | None = None
+    history: Sequence[Said], alt: str | None, reply: str | None = None
 ) -> list[dict[str, Any]]:
-    """The conversation as the page shows it; several pictures stand where they were sent."""
+    """The conversation as the page shows it; with `alt`, pictures stand where they were sent."""
     messages: list[dict[str, Any]] = []
     for one in history:
-        if pictures == "several":
-            messages += [{"role": one.role, "content": {"path": path}} for path in one.pictures]
+        if alt is not None:
+            for path in one.pictures:
+                messages.append({"role": one.role, "content": {"path": path, "alt_text": alt}})
         messages.append({"role": one.role, "content": one.text})
     return [*messages, {"role": "assistant", "content": reply}] if reply else messages

@@ -16,11 +16,15 @@ CSS = """
 #title p { color: var(--body-text-color-subdued); margin: .1rem 0 0; }
 #language { flex: 0 0 auto !important; min-width: 0 !important; width: auto !important; }
 #language a { color: var(--link-text-color); padding: .6rem .2rem; }
+#language, #served, #shares { padding: 0 !important; }
 #served p { color: var(--body-text-color-subdued); font-size: .8rem; margin: 0;
   overflow-wrap: anywhere; }
 #note:not(:has(p)) { display: none; }
 #note p { color: var(--error-text-color); margin: 0; }
 #chat { height: max(320px, calc(100vh - 250px)) !important; }
+#chat .message img { max-width: 200px; max-height: 160px; width: auto; }
+#chat .message-buttons { display: none; }
+#chat .component .image-frame { height: auto; width: auto; }
 #ask { align-items: stretch; }
 #question textarea { font-size: 1rem; }
 #send, #restart { min-width: 6.5rem; white-space: nowrap; }
@@ -48,10 +52,19 @@ def theme() -> gr.themes.Base:
         font=[gr.themes.Font(name.replace("_", " ")) for name in FONTS.split()],
         font_mono=[gr.themes.Font(name) for name in MONO.split()],
     ).set(
+        # Soft's own greys are too light to read for many eyes (under 4.5 : 1).
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        input_border_color="*neutral_300",
         block_label_background_fill="*block_background_fill",
+        block_label_background_fill_dark="*block_background_fill",
         block_label_text_color="*body_text_color_subdued",
+        block_label_text_color_dark="*body_text_color_subdued",
         block_title_background_fill="transparent",
         block_title_text_color="*body_text_color_subdued",
+        block_title_text_color_dark="*body_text_color_subdued",
         block_title_padding="0",
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
