@@ -170,13 +170,18 @@ class Needs(_Entry):
     gpu_memory_mib: Annotated[int, Field(ge=0)] = 0
 
 
+#: What a model computes in; `auto` is fp16 on a GPU, fp32 on a CPU.
+Precision = Literal["auto", "fp32", "fp16", "bf16", "8bit", "4bit"]
+
+
 class MiniGPT4(_Entry):
     """Which file plays which part, and the sizes that minigpt4.yaml gives the model."""
 
     image_size: int
     num_query_token: int
     vit_precision: Literal["fp16", "fp32"] = "fp16"
-    low_resource: bool = False
+    precision: Precision = "auto"
+    """Of the language model."""
     vit: Mapping[str, int] | None = None
     qformer: Mapping[str, int] | None = None
     vit_file: RelativePath
@@ -185,12 +190,23 @@ class MiniGPT4(_Entry):
     projection_file: RelativePath
 
 
-class HealthQuestion(_Entry):
-    """A question whose answer is known: what `health` asks a demo that shall be called healthy."""
+class Checkpoint(_Entry):
+    """A model in Hugging Face's layout."""
 
-    picture: RelativePath
+    folder: RelativePath
+    """Its folder, below that of the weights."""
+    precision: Precision = "auto"
+
+
+class HealthQuestion(_Entry):
+    """What `health` asks a demo that shall be called healthy."""
+
     question: str
-    answer: str
+    picture: RelativePath | None = None
+    """A file of the weights. None: the picture that comes with the application, where the system
+    needs one."""
+    answer: str | None = None
+    """What it must answer. None: any words will do."""
 
 
 class Model(_Entry):
@@ -204,13 +220,29 @@ class Model(_Entry):
     weights: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names of the weight sets that it is made of."""
     minigpt4: MiniGPT4 | None = None
+    starchat: Checkpoint | None = None
+    clip: Checkpoint | None = None
     health: HealthQuestion | None = None
     examples: RelativePath | None = None
+
+    @model_validator(mode="after")
+    def _its_own_parts(self) -> Model:
+        given = {"mini_gpt4": self.minigpt4, "starchat": self.starchat, "clip": self.clip}
+        other = [name for name, part in given.items() if part and name != self.system]
+        if other:
+            raise ValueError(f"a {self.system} has no {other[0].replace('_', '')}")
+        return self
 
     @property
     def served(self) -> bool:
         """Whether the demo can run it; of the others, the weights can be had."""
-        return self.minigpt4 is not None and self.health is not None
+        part = self.minigpt4 or self.starchat or self.clip
+        return part is not None and self.health is not None
+
+    @property
+    def needs_picture(self) -> bool:
+        """Whether a question to it is about a picture."""
+        return self.system != "starchat"
 
     @property
     def question(self) -> HealthQuestion:
@@ -220,11 +252,12 @@ class Model(_Entry):
         return self.health
 
     @property
-    def parts(self) -> MiniGPT4:
+    def parts(self) -> MiniGPT4 | Checkpoint:
         """Files and sizes. Raises FleetError for a model that is not served yet."""
-        if self.minigpt4 is None:
+        part = self.minigpt4 or self.starchat or self.clip
+        if part is None:
             raise FleetError(NOT_SERVED.format(title=self.title))
-        return self.minigpt4
+        return part
 
 
 #: What a mirror site can carry.
@@ -468,6 +501,8 @@ class Environments(_Entry):
     """What the locked environments need of a driver."""
 
     cuda: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")]
+    gpus_without_code: tuple[str, ...] = ()
+    """Generations that torch's build has no code for."""
 
 
 class Cuda(_Entry):
@@ -568,6 +603,8 @@ class Drivers(_Entry):
         major = self.environments.cuda.partition(".")[0]
         if major not in self.cuda.floors:
             raise ValueError(f"environments: CUDA {major} has no floor")
+        if unknown := set(self.environments.gpus_without_code) - set(self.generations):
+            raise ValueError(f"environments: no generation {min(unknown)}")
         return self
 
     def generation(self, device: str) -> Generation | None:
@@ -607,10 +644,18 @@ def names() -> list[str]:
 
 @cache
 def model(name: str) -> Model:
-    """The catalogue entry of a model.
+    """A model by its name, or by the path of an own file in the catalogue's format.
 
-    Raises UsageError for a name that is not there, FleetError for an invalid entry.
+    Own weight sets that such a file names, `….yaml`, lie where it says or beside it. Raises
+    UsageError for a name that is not there, FleetError for an invalid entry.
     """
+    if name.endswith(".yaml"):
+        own = Path(name).expanduser()
+        if not own.is_file():
+            raise UsageError(f"setting model: no file {own}; write the path of a model's YAML")
+        found = _load(Model, own)
+        beside = (str(own.parent / one) if one.endswith(".yaml") else one for one in found.weights)
+        return found.model_copy(update={"weights": tuple(beside)})
     if name not in names():
         raise UsageError(f"setting model: no model {name!r}; choose one of: {', '.join(names())}")
     return _load(Model, CATALOG / "models" / f"{name}.yaml")

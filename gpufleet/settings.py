@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from gpufleet import schema
-from gpufleet.catalog import OwnSites, Service
+from gpufleet.catalog import OwnSites, Precision, Service
 from gpufleet.errors import UsageError
 
 #: Inventory data that is pyinfra's own and shares the namespace: connector keys and global
@@ -35,6 +35,13 @@ def _absolute(path: PurePosixPath) -> PurePosixPath:
     if not re.fullmatch(r"[A-Za-z0-9/._+-]+", str(path)):
         raise ValueError("may hold letters, digits and / . _ + - only")
     return path
+
+
+def _model_name(name: str) -> str:
+    stem = PurePosixPath(name).name.removesuffix(".yaml") if name.endswith(".yaml") else name
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", stem):
+        raise ValueError("must be of small letters, digits and . _ -, or a path of NAME.yaml")
+    return name
 
 
 def _unprivileged(user: str) -> str:
@@ -206,6 +213,18 @@ class Demo(_Model):
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads of torch; 0 lets torch choose."""
 
+    precision: Precision = "auto"
+    """What the model computes in: fp32, fp16, bf16, or 8bit and 4bit, which need a GPU. `auto`: as
+    the catalogue has it, and that is fp16 on a GPU and fp32 on a CPU where it says nothing."""
+
+    processes: Annotated[int, Field(ge=0, le=64)] = 0
+    """Processes that serve the model, with nginx in front of several; 0 is one a GPU, and one on
+    cpu."""
+
+    auth_file: str | None = None
+    """A file on the operator's machine with USER:PASSWORD lines: page and API ask for one of
+    them. Unset: nobody is asked."""
+
     queue: Annotated[int, Field(ge=1, le=1000)] = 8
     """Questions that may wait while one is answered; more are refused with 503."""
 
@@ -221,15 +240,30 @@ class Health(_Model):
     """Seconds that the demo has to answer the catalogue's question."""
 
 
+class Gateway(_Model):
+    enabled: bool = False
+    """Run nginx on this host, before the demos of all hosts of the inventory."""
+
+    bind: IPvAnyAddress = TypeAdapter(IPvAnyAddress).validate_python("127.0.0.1")
+    """Address the gateway listens on."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] = 8080
+    """Port the gateway listens on."""
+
+
 class Settings(_Model):
     """What one host shall be. Immutable; made by `parse` from pyinfra's inventory data."""
 
     accelerator: Literal["cpu", "cuda"] = "cpu"
-    """What the model runs on. `cpu` leaves kernel and driver alone; `cuda` is refused until
-    this version brings a locked CUDA environment (files/demo/cuda.lock)."""
+    """What the model runs on. `cpu` leaves kernel and driver alone."""
 
-    model: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "pico"
-    """The system to serve: a file of catalog/models/, without .yaml."""
+    model: Annotated[str, AfterValidator(_model_name)] = "pico"
+    """The system to serve: a file of catalog/models/, without .yaml, or the path of an own such
+    file on the operator's machine."""
+
+    runtime: Literal["modern", "upstream"] = "modern"
+    """What runs the model: this project's application, or (MiniGPT-4 only) the original code of
+    Vision-CAIR in the environment of its time."""
 
     root: HostPath = PurePosixPath("/opt/minigpt4")
     """Folder on the host that holds environments, weights, configuration and application."""
@@ -248,6 +282,12 @@ class Settings(_Model):
     weights: Weights = Weights()
     demo: Demo = Demo()
     health: Health = Health()
+    gateway: Gateway = Gateway()
+
+    @property
+    def model_id(self) -> str:
+        """The model's name, in the API and in the names of files."""
+        return PurePosixPath(self.model).name.removesuffix(".yaml")
 
 
 def parse(data: Mapping[str, Any], host: str) -> Settings:

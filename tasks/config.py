@@ -16,7 +16,7 @@ from tasks import current, weight_files
 def config() -> None:
     """Write minigpt4.yaml and minigpt4_eval.yaml."""
     settings, model = current()
-    weights = folder(settings.root, version(settings.model, weight_files(settings, model)[0]))
+    weights = folder(settings.root, version(settings.model_id, weight_files(settings, model)[0]))
     try:
         wanted = files(settings, model, weights)
     except FleetError as error:

@@ -8,7 +8,7 @@ from pyinfra.api import DeployError, deploy
 from gpufleet import ROOT
 from gpufleet.config.plan import files
 from gpufleet.demo import operations
-from gpufleet.demo.plan import digest, pack, unit
+from gpufleet.demo.plan import pack, unit
 from gpufleet.errors import FleetError
 from gpufleet.managed import operations as managed
 from gpufleet.python_env import operations as environments
@@ -22,7 +22,7 @@ def demo() -> None:
     """Put the application on the host, write its unit, run it, remove what it replaced."""
     settings, model = current()
     root = str(settings.root)
-    weights = version(settings.model, weight_files(settings, model)[0])
+    weights = version(settings.model_id, weight_files(settings, model)[0])
     app = pack(ROOT / "files" / "demo" / "modeldemo")
     try:
         kept = digests(settings)
@@ -32,9 +32,7 @@ def demo() -> None:
             environment=kept[0],
             application=app.digest,
             weights=weights,
-            config=digest(
-                *(file.content for file in files(settings, model, folder(root, weights)))
-            ),
+            config=files(settings, model, folder(root, weights)),
         )
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None

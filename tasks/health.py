@@ -5,8 +5,9 @@ from __future__ import annotations
 from pyinfra import host
 from pyinfra.api import DeployError, deploy
 
+from gpufleet import ROOT
 from gpufleet.demo import operations
-from gpufleet.demo.plan import address
+from gpufleet.demo.plan import PICTURE, address, pack
 from gpufleet.errors import FleetError
 from gpufleet.weights import operations as weights
 from gpufleet.weights.plan import folder, version
@@ -22,12 +23,18 @@ def health() -> None:
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
     files, _ = weight_files(settings, model)
-    here = folder(settings.root, version(settings.model, files))
+    here = folder(settings.root, version(settings.model_id, files))
+    picture = None
+    if question.picture is not None:
+        picture = here / question.picture
+    elif model.needs_picture:
+        app = pack(ROOT / "files" / "demo" / "modeldemo")
+        picture = settings.root / "app" / app.digest / PICTURE
     operations.answers(
         name="Ask the demo",
         address=address(settings),
-        model=settings.model,
-        picture=str(here / question.picture),
+        model=settings.model_id,
+        picture=str(picture) if picture else None,
         question=question.question,
         expected=question.answer,
         timeout=settings.health.timeout,
@@ -36,7 +43,7 @@ def health() -> None:
     weights.pruned(
         name="Remove older weights",
         root=str(settings.root),
-        model=settings.model,
+        model=settings.model_id,
         files=files,
         keep=settings.weights.keep,
     )

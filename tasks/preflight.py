@@ -90,7 +90,7 @@ def _check(one: Host) -> list[str]:
         found
         + findings(
             settings,
-            settings.model,
+            settings.model_id,
             model,
             picture,
             python,
@@ -99,7 +99,15 @@ def _check(one: Host) -> list[str]:
             files=files,
             serving=not pushing,
         )
-        + pair_findings(made, picture.driver, picture.gpus, drivers)
+        + pair_findings(
+            made,
+            picture.driver,
+            picture.gpus,
+            drivers,
+            to_come=(settings.driver.cuda or drivers.environments.cuda)
+            if verdict is not None
+            else None,
+        )
     )
 
 

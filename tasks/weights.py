@@ -40,9 +40,9 @@ def weights() -> None:
         emit("progress", name, concern="weights", message=json.dumps(asdict(progress)))
 
     operations.landed(
-        name=f"Bring the files of {settings.model}",
+        name=f"Bring the files of {settings.model_id}",
         root=str(settings.root),
-        model=settings.model,
+        model=settings.model_id,
         files=files,
         source=source,
         via=settings.weights.via,

@@ -84,16 +84,16 @@ _ASK = r"""
 
 
 class DemoAnswer(FactBase[Answer]):
-    """What the demo answers to a question about a picture that lies on the host: `Answer`."""
+    """What the demo answers to a question, about a picture that lies on the host: `Answer`."""
 
     def command(
-        self, address: str, model: str, picture: str, question: str, timeout: int
+        self, address: str, model: str, picture: str | None, question: str, timeout: int
     ) -> StringCommand:
         url = {"type": "image_url", "image_url": {"url": "data:image/png;base64,PICTURE"}}
-        content = [url, {"type": "text", "text": question}]
+        content = [*([url] if picture else []), {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         request = {"model": model, "messages": messages, "temperature": 0}
-        return script(_ASK, address, picture, str(timeout), json.dumps(request))
+        return script(_ASK, address, picture or "/dev/null", str(timeout), json.dumps(request))
 
     @staticmethod
     def default() -> Answer:

@@ -9,7 +9,7 @@ from pyinfra import host
 from pyinfra.api import FileUploadCommand, QuoteString, StringCommand, operation
 
 from gpufleet.demo.facts import Applications, DemoAnswer, DemoService
-from gpufleet.demo.plan import UNIT, Application, is_current, same_words
+from gpufleet.demo.plan import UNIT, Application, is_current, is_right
 from gpufleet.shell import failing, script
 
 # $1 folder of the deploy, $2 digest. The rename makes the application whole or absent.
@@ -73,9 +73,18 @@ def prune(*, root: str, keep: str) -> Generator[StringCommand]:
 
 @operation()
 def answers(
-    *, address: str, model: str, picture: str, question: str, expected: str, timeout: int
+    *,
+    address: str,
+    model: str,
+    picture: str | None,
+    question: str,
+    expected: str | None,
+    timeout: int,
 ) -> Generator[StringCommand]:
-    """Ask the running demo a question whose answer is known; a wrong answer fails the host."""
+    """Ask the running demo a question; a wrong answer, or none at all, fails the host.
+
+    `picture` is a file on the host; `expected` None takes any words.
+    """
     answer = host.get_fact(
         DemoAnswer,
         address=address,
@@ -84,11 +93,11 @@ def answers(
         question=question,
         timeout=timeout,
     )
-    if answer.text is not None and same_words(answer.text, expected):
+    if answer.text is not None and is_right(answer.text, expected):
         host.noop(f"the demo answered: {answer.text}")
     elif answer.text is not None:
         yield failing(
-            f"the demo answered {answer.text!r} to {question!r}, expected {expected!r}: "
+            f"the demo answered {answer.text!r} to {question!r}, expected {expected or 'words'!r}: "
             "its weights or its configuration are not what the catalogue says"
         )
     else:

@@ -112,6 +112,10 @@ def recipe(name: str, accelerator: str) -> Recipe:
             f"{', '.join(known)}, or the path of an environment.yml"
         )
     row = known[name]
+    cuda, without = row.cuda, row.gpus_without_code
+    if row.lock and accelerator == "cuda":
+        locked = catalog.drivers().environments
+        cuda, without = locked.cuda, locked.gpus_without_code
     return Recipe(
         name=name,
         python=row.python,
@@ -120,9 +124,9 @@ def recipe(name: str, accelerator: str) -> Recipe:
         pip=row.pip,
         alone=row.alone,
         lock=lock_for(accelerator) if row.lock else None,
-        cuda=row.cuda,
+        cuda=cuda,
         driver=row.driver,
-        gpus_without_code=row.gpus_without_code,
+        gpus_without_code=without,
     )
 
 
@@ -304,11 +308,17 @@ def torch_options(chosen: PythonEnv, choice: Choice, tag: str) -> tuple[str, ...
 
 
 def pair_findings(
-    made: Sequence[Recipe], driver: str | None, gpus: Sequence[str], drivers: Drivers
+    made: Sequence[Recipe],
+    driver: str | None,
+    gpus: Sequence[str],
+    drivers: Drivers,
+    *,
+    to_come: str | None = None,
 ) -> list[str]:
     """What of the environments the host's driver and GPUs cannot run; each with what to do.
 
     `driver` is the version that nvidia-smi answers, `gpus` are PCI device ids of vendor NVIDIA.
+    `to_come` is the CUDA that the driver is for which this run brings in the other's place.
     """
     found: list[str] = []
     kinds = {name for gpu in gpus if (name := _generation(gpu, drivers)) is not None}
@@ -317,7 +327,14 @@ def pair_findings(
             continue
         floor = drivers.cuda.floors.get(one.cuda.partition(".")[0])
         least = one.driver or floor
-        if driver and least and _numbers(driver) < _numbers(least):
+        if to_come is not None:
+            if _numbers(to_come)[0] < _numbers(one.cuda)[0]:
+                found.append(
+                    f"environment {one.name} has torch for CUDA {one.cuda}, and driver.cuda is "
+                    f"{to_come}: set driver.cuda to {one.cuda}, or choose another "
+                    "python_env.environment"
+                )
+        elif driver and least and _numbers(driver) < _numbers(least):
             found.append(
                 f"environment {one.name} has torch for CUDA {one.cuda}, which needs driver {least} "
                 f"or newer, and this host has {driver}: set driver.cuda to {one.cuda} and apply "

@@ -54,7 +54,7 @@ def lock_for(accelerator: str) -> Lock:
     if not path.is_file():
         raise FleetError(
             f"no locked environment for accelerator {accelerator}: "
-            f"files/demo/{accelerator}.lock is missing; set accelerator to cpu"
+            f"files/demo/{accelerator}.lock is missing; take the file from the repository"
         )
     return Lock(path, PYTHON)
 

@@ -2,12 +2,15 @@
 named after one of its groups, and change it there; later groups win. A dictionary may be partial:
 what it leaves out keeps its default."""
 
-# What the model runs on. `cpu` leaves kernel and driver alone; `cuda` is refused until this
-# version brings a locked CUDA environment.
+# What the model runs on: `cpu`, which leaves kernel and driver alone, or `cuda`.
 accelerator = "cpu"
 
-# The system to serve: a file of catalog/models/, without .yaml.
+# The system to serve: a file of catalog/models/, without .yaml, or the path of an own such file.
 model = "pico"
+
+# What runs the model: `modern` is this project's application, `upstream` (MiniGPT-4 only) the
+# original code of Vision-CAIR in the environment of its time.
+runtime = "modern"
 
 # Folder on the host that holds environments, weights, configuration and application.
 root = "/opt/minigpt4"
@@ -139,6 +142,14 @@ demo = {
     "port": 7860,
     # CPU threads of torch; 0 lets torch choose.
     "threads": 0,
+    # What the model computes in: fp32, fp16, bf16, or 8bit and 4bit, which need a GPU. `auto`: as
+    # the catalogue has it, and that is fp16 on a GPU and fp32 on a CPU where it says nothing.
+    "precision": "auto",
+    # Processes that serve the model, with nginx in front of several; 0 is one a GPU, one on cpu.
+    "processes": 0,
+    # A file on the operator's machine with USER:PASSWORD lines: page and API ask for one of them.
+    # None: nobody is asked.
+    "auth_file": None,
     # Questions that may wait while one is answered; more are refused with 503.
     "queue": 8,
     # systemd's MemoryMax for the service, such as 24G.
@@ -150,4 +161,13 @@ demo = {
 health = {
     # Seconds that the demo has to answer the catalogue's question.
     "timeout": 120,
+}
+
+gateway = {
+    # Run nginx on this host, before the demos of all hosts of the inventory.
+    "enabled": False,
+    # Address that it listens on.
+    "bind": "127.0.0.1",
+    # Port that it listens on.
+    "port": 8080,
 }

@@ -31,7 +31,7 @@ def test_both_files_are_read(made):
     assert settings.llama == made.folder / "vicuna-pico"
     assert settings.projection == made.folder / "pretrained_minigpt4_pico.pth"
     assert settings.half_vit
-    assert not settings.eight_bit
+    assert settings.precision == "auto"
 
 
 def test_absent_sizes_are_those_of_the_real_model(made, tmp_path):
@@ -58,7 +58,7 @@ def test_the_second_file_overrides_the_first_and_options_override_both(made, tmp
     options = ["model.num_query_token=9", "model.low_resource=True", "model.vit.depth=5"]
     settings = load(made.yamls[0], second, options).settings
     assert settings.sizes.query_tokens == 9
-    assert settings.eight_bit
+    assert settings.precision == "8bit"
     assert settings.sizes.vit == VitSizes(32, 5, 4, 48, 8)
 
 

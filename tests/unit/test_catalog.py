@@ -16,7 +16,7 @@ from gpufleet import ROOT, catalog
 from gpufleet.catalog import SERVICES, Model, Provider, WeightFile, WeightSource
 from gpufleet.errors import FleetError, UsageError
 from gpufleet.settings import Settings
-from gpufleet.weights import inspect, local, manifest
+from gpufleet.weights import inspect, manifest
 
 SITES = catalog.mirrors().sites
 
@@ -55,11 +55,17 @@ class TestEveryModel:
         model = catalog.model(name)
         if not model.served:
             return
-        paths = [file.path for file in local.files(Settings(model=name), model)]
+        sets = [catalog.weight_set(one) for one in model.weights]
+        paths = [one.place(file.path) for one in sets for file in one.files]
+        folders = {one.folder for one in sets}
         parts = model.parts
-        assert {parts.vit_file, parts.qformer_file, parts.projection_file} <= set(paths)
-        assert model.question.picture in paths
-        assert any(path.startswith(f"{parts.llama_dir}/") for path in paths)
+        if isinstance(parts, catalog.MiniGPT4):
+            assert {parts.vit_file, parts.qformer_file, parts.projection_file} <= set(paths)
+            folder = parts.llama_dir
+        else:
+            folder = parts.folder
+        assert folder in folders or any(path.startswith(f"{folder}/") for path in paths)
+        assert model.question.picture is None or model.question.picture in paths
         assert len(set(paths)) == len(paths)
 
     def test_its_weight_sets_are_in_the_catalogue(self, name: str):
@@ -270,7 +276,7 @@ def test_the_unspoilt_copy_loads(copy: Path, model: Model):
         (lambda d: d["minigpt4"].update(vit_precision="fp8"), "minigpt4.vit_precision"),
         (lambda d: d["minigpt4"].update(vit_file="/etc/passwd"), "minigpt4.vit_file"),
         (lambda d: d["minigpt4"]["vit"].update(width="wide"), "minigpt4.vit.width"),
-        (lambda d: d["health"].pop("answer"), "health.answer"),
+        (lambda d: d["health"].pop("question"), "health.question"),
         (lambda d: d["weights"].clear(), "weights"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -367,3 +373,25 @@ def test_what_is_not_yaml_is_refused_naming_the_file(copy: Path, text: bytes):
 @pytest.mark.parametrize("text", [b"", b"pico\n", b"\xff\xfe\x00"], ids=["empty", "word", "binary"])
 def test_what_is_no_catalogue_entry_at_all_is_refused_naming_the_file(copy: Path, text: bytes):
     broken(copy, text)
+
+
+def test_a_model_entry_with_another_systems_parts_is_refused(copy: Path):
+    message = broken(copy, lambda d: d.update(clip={"folder": "clip"}))
+    assert message.endswith("a mini_gpt4 has no clip; correct the catalogue entry")
+
+
+def test_an_own_model_names_weight_sets_that_lie_beside_it(
+    tmp_path: Path, model_data: dict[str, Any]
+):
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({**model_data, "weights": ["small-set.yaml", "minigpt4-7b"]}))
+    found = catalog.model(str(own))
+    assert found.weights == (str(tmp_path / "small-set.yaml"), "minigpt4-7b")
+    assert catalog.weight_set(found.weights[0]).title == "all files of the small model"
+    assert Settings(model=str(own)).model_id == "own"
+
+
+def test_an_own_model_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(UsageError) as error:
+        catalog.model(str(tmp_path / "gone.yaml"))
+    assert one_line(error).startswith(f"setting model: no file {tmp_path}/gone.yaml")

@@ -272,6 +272,22 @@ class TestPairs:
     def found(self, name: str, driver: str | None, *gpus: str) -> list[str]:
         return conda.pair_findings([conda.recipe(name, "cpu")], driver, gpus, catalog.drivers())
 
+    def test_the_demos_own_on_cuda_needs_a_driver_and_a_gpu_of_its_cuda(self):
+        made = [conda.recipe("modern", "cuda")]
+        known = catalog.drivers()
+        (line,) = conda.pair_findings(made, "535.183.01", ["0x20b5"], known)
+        assert "torch for CUDA 13.0, which needs driver 580 or newer" in line
+        assert conda.pair_findings(made, "580.65.06", ["0x20b5"], known) == []
+        (line,) = conda.pair_findings(made, "580.65.06", ["0x1db6"], known)
+        assert "no code for the Volta GPU" in line
+
+    def test_a_driver_that_this_run_brings_is_judged_by_its_cuda(self):
+        made = [conda.recipe("modern", "cuda")]
+        known = catalog.drivers()
+        assert conda.pair_findings(made, "535.183.01", [], known, to_come="13.0") == []
+        (line,) = conda.pair_findings(made, "580.65.06", [], known, to_come="12.2")
+        assert "driver.cuda is 12.2: set driver.cuda to 13.0" in line
+
     def test_a_driver_that_is_too_old_is_named_with_what_to_do(self):
         (line,) = self.found("torch2", "440.33.01", "0x20b5")
         assert "needs driver 450.80.02 or newer, and this host has 440.33.01" in line

@@ -32,6 +32,8 @@ UPSTREAM_EVAL = {
     "max_txt_len": 160,
     "end_sym": "###",
     "low_resource": False,
+    # the application's own, which upstream ignores
+    "precision": "auto",
     "prompt_path": "",
     "prompt_template": "###Human: {} ###Assistant: ",
     "ckpt": "/opt/minigpt4/weights/small/projection.pth",
@@ -109,7 +111,7 @@ def test_a_model_of_the_original_sizes_does_not_mention_them(model_data: dict[st
         num_query_token=32,
         vit=None,
         qformer=None,
-        low_resource=True,
+        precision="8bit",
         vit_precision="fp32",
     )
     config, evaluation = read(full)

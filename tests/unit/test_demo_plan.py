@@ -31,10 +31,10 @@ from gpufleet.demo.plan import (
     address,
     digest,
     is_current,
+    is_right,
     pack,
     parse,
     parse_answer,
-    same_words,
     unit,
 )
 from gpufleet.managed.plan import ManagedFile
@@ -45,7 +45,7 @@ INPUTS = {
     "environment": "e" * 16,
     "application": "a" * 16,
     "weights": "pico-0123456789abcdef",
-    "config": "c" * 16,
+    "config": "model:\n",
 }
 
 
@@ -140,7 +140,14 @@ def make(model: Model) -> Unit:
 
     def make(inputs: dict[str, str] | None = None, examples: str | None = None, **data: Any):
         entry = model.model_copy(update={"examples": examples})
-        return unit(settings(**data), entry, **{**INPUTS, **(inputs or {})})
+        given = {**INPUTS, **(inputs or {})}
+        one = settings(**data)
+        folder = one.root / "config"
+        config = [
+            ManagedFile(str(folder / name), given["config"])
+            for name in ("minigpt4.yaml", "minigpt4_eval.yaml")
+        ]
+        return unit(one, entry, **{**given, "config": config})
 
     return make
 
@@ -238,11 +245,12 @@ class TestTheUnit:
         assert shlex.split(values["ExecStart"]) == [
             f"/srv/x/envs/{INPUTS['environment']}/bin/python",
             *("-m", "modeldemo", "serve"),
-            *("--model-config", "/srv/x/config/minigpt4.yaml"),
             *("--cfg-path", "/srv/x/config/minigpt4_eval.yaml"),
+            *("--model-config", "/srv/x/config/minigpt4.yaml"),
             *("--model-id", "other"),
             *("--host", "0.0.0.0", "--port", "7861", "--device", "cpu"),
             *("--max-waiting", "4", "--threads", "3"),
+            *("--examples", f"/srv/x/app/{INPUTS['application']}/modeldemo/pictures"),
         ]
         assert values["WorkingDirectory"] == f"/srv/x/app/{INPUTS['application']}"
 
@@ -423,12 +431,14 @@ def test_a_long_complaint_is_cut():
         ("The circle is red. It is big.", "The circle is red.", False),
         ("Thecircle is red.", "The circle is red.", False),
         ("", "The circle is red.", False),
+        ("Any words", None, True),
+        (" \n", None, False),
     ],
 )
-def test_answers_are_the_same_but_for_case_blanks_and_the_last_full_stop(
-    answer: str, expected: str, same: bool
+def test_answers_are_right_but_for_case_blanks_and_the_last_full_stop(
+    answer: str, expected: str | None, same: bool
 ):
-    assert same_words(answer, expected) is same
+    assert is_right(answer, expected) is same
 
 
 @pytest.mark.parametrize(

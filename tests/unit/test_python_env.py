@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpufleet import ROOT
+from gpufleet import ROOT, catalog
 from gpufleet.errors import FleetError
 from gpufleet.python_env.facts import CudaToolkit, EnvironmentsOnHost
 from gpufleet.python_env.plan import PYTHON, UV_LOCK, Environments, Lock, lock_for, parse
@@ -73,10 +73,26 @@ def test_the_lock_of_the_default_settings_exists():
 
 def test_a_lock_that_is_missing_is_said_in_one_line():
     with pytest.raises(FleetError) as error:
-        lock_for("cuda")
+        lock_for("npu")
     message = str(error.value)
     assert "\n" not in message
-    assert "files/demo/cuda.lock is missing; set accelerator to cpu" in message
+    assert "files/demo/npu.lock is missing" in message
+
+
+def pins(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^([\w.-]+)==([^\s+]+)", text, re.MULTILINE))
+
+
+def test_the_cuda_lock_has_the_cpu_locks_versions_and_the_catalogues_cuda():
+    lock = lock_for("cuda")
+    requirements = re.split(r"\n(?=\S)", lock.text.strip())
+    assert all("--hash=sha256:" in requirement for requirement in requirements)
+    assert lock.split()[1] == ""  # every index has all of it
+    ours, theirs = pins(lock.text), pins(lock_for("cpu").text)
+    assert theirs.items() <= ours.items()
+    assert "bitsandbytes" in ours
+    cuda = catalog.drivers().environments.cuda
+    assert ours["nvidia-cuda-runtime"].startswith(f"{cuda}.")
 
 
 def test_uvs_lock_names_uv_alone():

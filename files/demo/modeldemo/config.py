@@ -70,8 +70,10 @@ class DemoConfig:
     settings: Any
 
 
-def load(model_yaml: Path, eval_yaml: Path, options: Sequence[str]) -> DemoConfig:
+def load(model_yaml: Path | None, eval_yaml: Path, options: Sequence[str]) -> DemoConfig:
     """Merge the model's YAML < the evaluation's YAML < `key=value` options, and check the result.
+
+    MiniGPT-4 has both files, the other systems one.
 
     Raises ModelDemoError, one line that names file and key; nothing heavy has been imported then.
     """
@@ -79,11 +81,11 @@ def load(model_yaml: Path, eval_yaml: Path, options: Sequence[str]) -> DemoConfi
 
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for file in (model_yaml, eval_yaml):
+    for file in filter(None, (model_yaml, eval_yaml)):
         _merge(merged, _read(file), str(file), origins, "")
     for option in options:
         _merge(merged, _option(option), "--options", origins, "")
-    model = Section(merged, "", origins, str(model_yaml)).section("model")
+    model = Section(merged, "", origins, str(model_yaml or eval_yaml)).section("model")
     arch = model.get("arch", str)
     return DemoConfig(arch, systems.find(arch, model.origin("arch")).read(model))
 

@@ -214,8 +214,9 @@ def _parser() -> argparse.ArgumentParser:
         "serve", help="load a model and answer over HTTP"
     )
     option = command.add_argument
-    option("--model-config", type=Path, required=True, metavar="FILE", help="minigpt4.yaml")
-    option("--cfg-path", type=Path, required=True, metavar="FILE", help="minigpt4_eval.yaml")
+    option("--cfg-path", type=Path, required=True, metavar="FILE", help="the model's YAML")
+    under = "YAML that it lies over: minigpt4.yaml under minigpt4_eval.yaml"
+    option("--model-config", type=Path, metavar="FILE", help=under)
     option("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override the files")
     option("--model-id", default="pico", help="name in the API (default: %(default)s)")
     option("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")

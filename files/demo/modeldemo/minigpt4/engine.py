@@ -198,7 +198,7 @@ def _explained(error: BaseException) -> ModelDemoError:
     """What a person can do about a failed generation, in one line."""
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfMemory(
-            "GPU out of memory: use one beam, set model.low_resource to True, or take the 7B model"
+            "GPU out of memory: use one beam, set model.precision to 8bit, or take the 7B model"
         )
     if "probability tensor contains" in str(error):
         return ModelDemoError(

@@ -11,6 +11,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from ..engine import ModelDemoError
+from ..precision import Precision
 from .checkpoints import (
     load_llama,
     load_projection,
@@ -33,14 +34,14 @@ def load(settings: Settings, device: str) -> tuple[MiniGPT4, Tokenizer]:
     tokenizer = Tokenizer(settings.llama / "tokenizer.model")
     # Cheap, and the mistake that is made most often: seen before gigabytes are read.
     read_projection(settings.projection, settings.sizes, config.hidden_size)
-    if settings.eight_bit:
-        _require_eight_bit(place)
+    if settings.precision in ("8bit", "4bit"):
+        _require_quantising(settings.precision, place)
     try:
         model = _load(settings, config, place)
     except torch.OutOfMemoryError as error:
         raise ModelDemoError(
-            f"{settings.llama}: the weights do not fit the GPU's memory; set model.low_resource "
-            "to True or take the 7B model"
+            f"{settings.llama}: the weights do not fit the GPU's memory; set model.precision to "
+            "8bit or take the 7B model"
         ) from error
     return model, tokenizer
 
@@ -50,29 +51,34 @@ def _load(settings: Settings, config: LlamaConfig, device: torch.device) -> Mini
     with torch.device("meta"):
         model = MiniGPT4(settings.sizes, config)
     halves = _halves(model, settings) if device.type == "cuda" else frozenset()
+    language = _language_dtype(settings.precision, device)
 
     def place(name: str, value: Tensor) -> Tensor:
-        dtype = torch.float16 if name in halves else torch.float32
+        dtype = torch.float32
+        if name in halves:
+            dtype = torch.float16
+        elif name.startswith("llama."):
+            dtype = language
         # A copy always: a mapped tensor would change, or crash the process, with its file.
         return value.to(device=device, dtype=dtype, copy=True)
 
     load_vit(model, settings.vit, place)
     load_qformer(model, settings.qformer, place)
     load_projection(model, settings.projection, place)
-    if settings.eight_bit:
-        model.llama = _eight_bit(settings, config)
+    if settings.precision in ("8bit", "4bit"):
+        model.llama = _quantised(settings, config)
     else:
         load_llama(model, settings.llama, place)
     return model.requires_grad_(False)
 
 
 def _halves(model: MiniGPT4, settings: Settings) -> frozenset[str]:
-    """The tensors kept in fp16 on a GPU: the LLaMA's, and the ViT's Linear layers.
+    """The tensors of the picture's half kept in fp16 on a GPU: the ViT's Linear layers.
 
     Upstream halves the patch convolution too, yet runs it under autocast behind fp32 tokens; kept
     in fp32 it gives the same numbers and the residual stream the precision it had upstream.
     """
-    names = {f"llama.{name}" for name in model.llama.state_dict()}
+    names = set()
     if settings.half_vit:
         for name, module in model.vision.named_modules():
             if isinstance(module, torch.nn.Linear):
@@ -91,23 +97,39 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _require_eight_bit(device: torch.device) -> None:
+def _language_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    half = torch.float16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(
+        precision, half
+    )
+
+
+def _require_quantising(precision: Precision, device: torch.device) -> None:
     if device.type != "cuda":
-        raise ModelDemoError("model.low_resource: 8-bit weights need a GPU; set it to False")
+        raise ModelDemoError(
+            f"model.precision: {precision} weights need a GPU; set precision to auto and "
+            "low_resource to False"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelDemoError(
-            "model.low_resource: 8-bit weights need bitsandbytes; install it or set it to False"
+            f"model.precision: {precision} weights need bitsandbytes; install it, or set "
+            "precision to auto and low_resource to False"
         )
 
 
-def _eight_bit(settings: Settings, config: LlamaConfig) -> LlamaForCausalLM:
+def _quantised(settings: Settings, config: LlamaConfig) -> LlamaForCausalLM:
     from transformers import BitsAndBytesConfig
 
     return LlamaForCausalLM.from_pretrained(
         settings.llama,
         config=config,
         dtype=torch.float16,
-        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        quantization_config=BitsAndBytesConfig(
+            load_in_8bit=settings.precision == "8bit",
+            load_in_4bit=settings.precision == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float16,
+        ),
         device_map={"": 0},
         local_files_only=True,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine import ModelDemoError
+from ..precision import Precision, read_precision
 from .files import check_file, check_llama, check_path
 from .sizes import QFormerSizes, Sizes, VitSizes
 
@@ -24,7 +25,7 @@ class Settings:
     qformer: Path
     projection: Path
     half_vit: bool = True  # on a GPU only
-    eight_bit: bool = False
+    precision: Precision = "auto"  # of the LLaMA
 
 
 def read(model: Section) -> Settings:
@@ -86,7 +87,7 @@ def read(model: Section) -> Settings:
         qformer=files["q_former_model"],
         projection=files["ckpt"],
         half_vit=precision == "fp16",
-        eight_bit=model.get("low_resource", bool, False),
+        precision=read_precision(model),
     )
 
 
