@@ -154,7 +154,7 @@ class Service:
             lines = client.get("/metrics").text.splitlines()
         return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0)
 
-    def wait_until(self, true: Any, seconds: float = 40) -> None:
+    def wait_until(self, true: Any, seconds: float = 90) -> None:
         end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, f"not within {seconds} s; {self.stderr}"
