@@ -167,20 +167,45 @@ def test_a_value_that_does_not_survive_the_template_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-SERVED = [name for name in catalog.names() if catalog.model(name).served]
-
-
-@pytest.mark.parametrize("name", sorted(set(catalog.names()) - set(SERVED)))
-def test_a_model_without_a_demo_is_refused_in_one_line(name: str):
+def test_a_model_without_a_demo_is_refused_in_one_line(model_data: dict[str, Any]):
+    model = Model.model_validate({k: v for k, v in model_data.items() if k != "minigpt4"})
     with pytest.raises(FleetError) as error:
-        files(parse({"model": name}, "host"), catalog.model(name), PurePosixPath("/w"))
-    assert str(error.value) == catalog.NOT_SERVED.format(title=catalog.model(name).title)
+        files(Settings(), model, PurePosixPath("/w"))
+    assert str(error.value) == catalog.NOT_SERVED.format(title=model.title)
 
 
-@pytest.mark.parametrize("name", SERVED)
-def test_every_model_that_is_served_renders(name: str):
+OF_MINIGPT4 = [name for name in catalog.names() if catalog.model(name).system == "mini_gpt4"]
+OF_ONE_FOLDER = sorted(set(catalog.names()) - set(OF_MINIGPT4))
+
+
+@pytest.mark.parametrize("name", OF_MINIGPT4)
+def test_every_minigpt4_has_upstreams_two_files(name: str):
     settings = parse({"model": name}, "host")
     config, evaluation = files(settings, catalog.model(name), PurePosixPath("/w"))
     both = {**yaml.safe_load(config.content), **yaml.safe_load(evaluation.content)}
     assert set(both) == {"model", "preprocess", "datasets", "run"}
     assert PurePosixPath(both["model"]["ckpt"]).is_absolute()
+
+
+@pytest.mark.parametrize("name", OF_ONE_FOLDER)
+@pytest.mark.parametrize("asked", ["auto", "bf16"])
+def test_every_model_of_one_folder_has_one_file(name: str, asked: str):
+    model = catalog.model(name)
+    settings = parse({"model": name, "demo": {"precision": asked}}, "host")
+    (config,) = files(settings, model, PurePosixPath("/w"))
+    assert config.path == "/opt/minigpt4/config/demo.yaml"
+    parts = model.parts
+    assert isinstance(parts, catalog.Checkpoint)
+    assert yaml.safe_load(config.content) == {
+        "model": {
+            "arch": model.system,
+            "path": f"/w/{parts.folder}",
+            "precision": parts.precision if asked == "auto" else asked,
+        }
+    }
+
+
+def test_starchat_is_in_8_bits_unless_a_setting_says_otherwise():
+    model = catalog.model("starchat-beta")
+    (config,) = files(parse({"model": "starchat-beta"}, "host"), model, PurePosixPath("/w"))
+    assert yaml.safe_load(config.content)["model"]["precision"] == "8bit"

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .clip import settings as clip
 from .config import DemoConfig, Section
 from .engine import Engine, ModelDemoError
 from .minigpt4 import settings as minigpt4
+from .starchat import settings as starchat
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,23 @@ def _minigpt4() -> type[Engine]:
     return MiniGPT4Engine
 
 
-SYSTEMS = {"mini_gpt4": System(minigpt4.read, _minigpt4)}
+def _starchat() -> type[Engine]:
+    from .starchat.engine import StarChatEngine
+
+    return StarChatEngine
+
+
+def _clip() -> type[Engine]:
+    from .clip.engine import ClipEngine
+
+    return ClipEngine
+
+
+SYSTEMS = {
+    "mini_gpt4": System(minigpt4.read, _minigpt4),
+    "starchat": System(starchat.read, _starchat),
+    "clip": System(clip.read, _clip),
+}
 
 
 def find(arch: str, origin: str) -> System:

@@ -1,0 +1,1 @@
+"""CLIP: which of several labels fits a picture, and how well."""
