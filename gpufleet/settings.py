@@ -204,8 +204,8 @@ class Weights(_Model):
 
 class Demo(_Model):
     bind: IPvAnyAddress = TypeAdapter(IPvAnyAddress).validate_python("127.0.0.1")
-    """Address the demo listens on. 127.0.0.1: reach it through `fleet tunnel`; the demo has no
-    passwords, so open it to a network only behind something that has."""
+    """Address the demo listens on. 127.0.0.1: reach it through `fleet tunnel`. Open it to a network
+    only with `auth_file`, or behind something that asks for passwords."""
 
     port: Annotated[int, Field(ge=1024, le=65535)] = 7860
     """Port the demo listens on."""
@@ -227,6 +227,9 @@ class Demo(_Model):
 
     queue: Annotated[int, Field(ge=1, le=1000)] = 8
     """Questions that may wait while one is answered; more are refused with 503."""
+
+    max_seconds: Annotated[int, Field(ge=1, le=86400)] = 300
+    """Seconds from a question's arrival to the end of its answer; then it is ended with 504."""
 
     memory_max: Annotated[str, Field(pattern=r"^([1-9][0-9]*[KMGT]?|infinity)$")] = "infinity"
     """systemd's MemoryMax for the service, such as 24G."""

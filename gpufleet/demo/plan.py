@@ -129,6 +129,7 @@ def unit(
     words += ["--model-id", settings.model_id, "--host", str(settings.demo.bind)]
     words += ["--port", str(settings.demo.port), "--device", settings.accelerator]
     words += ["--max-waiting", str(settings.demo.queue)]
+    words += ["--max-seconds", str(settings.demo.max_seconds), "--weights", weights]
     if settings.demo.threads:
         words += ["--threads", str(settings.demo.threads)]
     if model.examples is not None:

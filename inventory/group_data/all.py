@@ -135,8 +135,8 @@ weights = {
 }
 
 demo = {
-    # Address the demo listens on. 127.0.0.1 is reached through `fleet tunnel`. The demo has no
-    # passwords: open it to a network only behind something that has.
+    # Address the demo listens on. 127.0.0.1 is reached through `fleet tunnel`. Open it to a network
+    # only with `auth_file`, or behind something that asks for passwords.
     "bind": "127.0.0.1",
     # Port the demo listens on.
     "port": 7860,
@@ -152,6 +152,8 @@ demo = {
     "auth_file": None,
     # Questions that may wait while one is answered; more are refused with 503.
     "queue": 8,
+    # Seconds from a question's arrival to the end of its answer; then it is ended with 504.
+    "max_seconds": 300,
     # systemd's MemoryMax for the service, such as 24G.
     "memory_max": "infinity",
     # Seconds that loading the model may take.

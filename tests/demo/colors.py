@@ -7,6 +7,7 @@ import atexit
 import base64
 import functools
 import io
+import json
 import os
 import re
 import shutil
@@ -29,26 +30,44 @@ COLORS = {"red": (214, 38, 44), "green": (44, 160, 62), "blue": (42, 84, 216), "
 class ColorEngine:
     """Answers word by word; "slowly" in the question makes each word take a tenth of a second.
 
-    "one after the other" lists every color up to max_new_tokens words, "fail" raises.
+    "one after the other" lists every color up to max_new_tokens words, "compare" the color of
+    every picture, "fail" raises, "too much" has no memory for it. On a labels page, each line
+    that names the picture's color gets its share.
     """
 
     model_id = "colors"
 
-    def __init__(self) -> None:
+    def __init__(self, **page: Any) -> None:
         from modeldemo.engine import Conversation, Page, Sampling, Turn
 
-        self.page = Page(pictures="one", controls=("num_beams", "temperature"))
+        page = {"pictures": "one", "controls": ("num_beams", "temperature")} | page
+        self.page = Page(**page)
         self.defaults = Sampling()
         self.health = Conversation((Turn("user", "?", (Image.new("RGB", (9, 9), "white"),)),))
 
     def stream(self, conversation: Any, sampling: Any) -> Iterator[Any]:
-        from modeldemo.engine import Piece
+        from modeldemo.engine import OutOfMemory, Piece
 
-        image, turns = conversation.images[-1], conversation.turns
+        turns = conversation.turns
         question = turns[-1].text
+        colors = [dominant(image) for image in conversation.images] or ["grey"]
+        if self.page.kind == "labels":
+            yield Piece(prompt_tokens=1)
+            shares = [(line, float(line in colors)) for line in question.splitlines()]
+            best = sorted(shares, key=lambda share: -share[1])
+            lines = [f"{share:.2%} {line} (cosine {share:.4f})" for line, share in best]
+            yield Piece("\n".join(lines))
+            yield Piece(finish="stop")
+            return
         if "fail" in question:
             raise RuntimeError("the color\nsensor broke")
-        words = f"It is mostly {dominant(image)} after {len(turns)} turns.".split()
+        if "too much" in question:
+            raise OutOfMemory("the GPU has no memory left for this question; use one beam")
+        words = f"It is mostly {colors[-1]} after {len(turns)} turns.".split()
+        if "compare" in question:
+            words = ["They", "are", *colors]
+        if "system" in question:
+            words = conversation.system.split()
         if "one after the other" in question:
             words = [sorted(COLORS)[i % len(COLORS)] for i in range(sampling.max_new_tokens)]
         yield Piece(prompt_tokens=len(question.split()))
@@ -115,6 +134,12 @@ class Service:
         assert found, self.stderr
         return found[1]
 
+    @property
+    def address(self) -> tuple[str, int]:
+        url = httpx.URL(self.url)
+        assert url.port
+        return url.host, url.port
+
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, trust_env=False, timeout=30, **options)
 
@@ -129,7 +154,7 @@ class Service:
             lines = client.get("/metrics").text.splitlines()
         return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0)
 
-    def wait_until(self, true: Any, seconds: float = 40) -> None:
+    def wait_until(self, true: Any, seconds: float = 90) -> None:
         end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, f"not within {seconds} s; {self.stderr}"
@@ -174,14 +199,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--max-waiting", type=int, default=8)
+    parser.add_argument("--limits", type=json.loads, default={}, help="fields of Limits, as JSON")
+    parser.add_argument("--auth-file", type=Path)
+    parser.add_argument("--weights", default="")
     parser.add_argument("--load-seconds", type=float, default=0)
     parser.add_argument("--load-error")
+    parser.add_argument("--page", type=json.loads, default={}, help="fields of Page, as JSON")
     parser.add_argument("--examples", type=Path, nargs="*", default=[])
     args = parser.parse_args()
 
     from modeldemo import serve
     from modeldemo.engine import ModelDemoError
+    from modeldemo.limits import Limits
 
     def load() -> ColorEngine:
         time.sleep(args.load_seconds)
@@ -189,7 +218,7 @@ def main() -> None:
             raise ModelDemoError("/weights/x.pth: no such file; bring it with fleet weights push")
         if args.load_error:
             raise RuntimeError("CUDA driver\nis too old")
-        return ColorEngine()
+        return ColorEngine(**args.page)
 
     serve.run(
         load,
@@ -197,7 +226,9 @@ def main() -> None:
         revision=os.environ.get("MODELDEMO_REVISION", ""),
         host=args.host,
         port=args.port,
-        max_waiting=args.max_waiting,
+        weights=args.weights,
+        limits=Limits(**args.limits),
+        auth_file=args.auth_file,
         examples=args.examples,
     )
 

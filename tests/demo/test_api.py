@@ -92,7 +92,7 @@ def test_neighbours_of_one_role_are_one_turn(service: Service) -> None:
 def test_streamed_pieces_join_to_the_same_answer(service: Service) -> None:
     question = user("Which color?", picture("blue"))
     whole = service.ask(question).json()
-    chunks = events(service.ask(question, stream=True, stream_options={"include_usage": True}))
+    chunks = events(service.ask(question, stream=True))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert deltas[0] == {"role": "assistant", "content": ""}
     assert deltas[-1] == {}
@@ -106,6 +106,54 @@ def test_streamed_pieces_join_to_the_same_answer(service: Service) -> None:
     made = len(joined.split())
     used = {"prompt_tokens": 2, "completion_tokens": made, "total_tokens": 2 + made}
     assert whole["usage"] == used
+
+
+def test_a_stream_ends_with_its_usage_when_that_is_asked_for(service: Service) -> None:
+    question = user("Which color?", picture("blue"))
+    chunks = events(service.ask(question, stream=True, stream_options={"include_usage": True}))
+    used = {"prompt_tokens": 2, "completion_tokens": 7, "total_tokens": 9}
+    assert [chunk["usage"] for chunk in chunks] == [None] * (len(chunks) - 1) + [used]
+    assert chunks[-1]["choices"] == []
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_an_answer_ends_where_its_tokens_do_or_where_the_model_ends_it(service: Service) -> None:
+    reasons = [
+        service.ask(user("one after the other", picture()), max_tokens=n).json()["choices"][0]
+        for n in (3, 4)
+    ]
+    assert [reason["finish_reason"] for reason in reasons] == ["length", "length"]
+    whole = service.ask(user("Which?", picture()), max_tokens=50).json()
+    assert whole["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        ("mostly", "It is "),
+        ([" red after", "turns"], "It is mostly"),
+        (["is mos", "It is nothing"], "It "),
+        ("purple", "It is mostly red after 1 turns."),
+        ("", "It is mostly red after 1 turns."),
+    ],
+)
+def test_an_answer_ends_before_a_stop_string(
+    service: Service, stop: str | list[str], said: str
+) -> None:
+    question = user("Which?", picture())
+    assert text(service.ask(question, stop=stop)) == said
+    chunks = events(service.ask(question, stop=stop, stream=True))
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == said
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_stop_string_stops_the_model(service: Service) -> None:
+    question = user("slowly one after the other", picture())
+    started = time.monotonic()
+    answer = service.ask(question, stop="red").json()
+    assert answer["choices"][0]["message"]["content"] == "blue green "
+    assert answer["usage"]["completion_tokens"] == 3
+    assert time.monotonic() - started < 5
 
 
 def test_pieces_arrive_while_the_model_is_still_answering(service: Service) -> None:
@@ -146,7 +194,11 @@ def test_every_sampling_parameter_is_accepted(service: Service) -> None:
         ({"num_beams": 11}, "num_beams"),
         ({"num_beams": 1.5}, "num_beams"),
         ({"n": 2}, "n: this server does not support it"),
-        ({"stop": ["."]}, "stop"),
+        ({"stop": list("abcde")}, "stop: at most 4 strings"),
+        ({"stop": 5}, "stop"),
+        ({"top_k": -1}, "top_k"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+        ({"messages": [user("x", *[picture()] * 9)]}, "9 pictures, the limit is 8"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"stream": "yes"}, "stream"),
@@ -220,7 +272,7 @@ def test_no_route_serves_documentation_from_elsewhere(service: Service) -> None:
 
 
 def test_an_announced_body_over_the_limit_is_refused_unread(service: Service) -> None:
-    with socket.create_connection(_address(service)) as sock:
+    with socket.create_connection(service.address) as sock:
         sock.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
         )
@@ -230,7 +282,7 @@ def test_an_announced_body_over_the_limit_is_refused_unread(service: Service) ->
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/gradio_api/queue/join"])
 def test_a_chunked_body_is_cut_off_while_it_arrives(service: Service, path: str) -> None:
     sent = 0
-    with socket.create_connection(_address(service)) as sock:
+    with socket.create_connection(service.address) as sock:
         sock.sendall(
             f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             "Transfer-Encoding: chunked\r\n\r\n".encode()
@@ -291,18 +343,12 @@ def _endless(service: Service, stream: bool) -> socket.socket:
             "stream": stream,
         }
     ).encode()
-    sock = socket.create_connection(_address(service))
+    sock = socket.create_connection(service.address)
     sock.sendall(
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
         + body
     )
     return sock
-
-
-def _address(service: Service) -> tuple[str, int]:
-    url = httpx.URL(service.url)
-    assert url.port
-    return url.host, url.port
 
 
 CANCELLED = 'modeldemo_answers_total{outcome="cancelled"}'
@@ -311,9 +357,9 @@ CANCELLED = 'modeldemo_answers_total{outcome="cancelled"}'
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_stops_its_answer(service: Service, stream: bool) -> None:
     before = service.metric(CANCELLED)
-    pieces = service.metric("modeldemo_pieces_total")
+    pieces = service.metric("modeldemo_completion_tokens_total")
     sock = _endless(service, stream)
-    service.wait_until(lambda: service.metric("modeldemo_pieces_total") > pieces)
+    service.wait_until(lambda: service.metric("modeldemo_completion_tokens_total") > pieces)
     sock.close()
     service.wait_until(lambda: service.metric(CANCELLED) == before + 1, seconds=2)
 
@@ -338,7 +384,7 @@ def test_metrics_count_requests_answers_and_memory(service: Service) -> None:
     assert service.metric(route) == before[0] + 1
     assert service.metric("modeldemo_answer_seconds_count") == before[1] + 1
     assert service.metric("process_resident_memory_bytes") > 20 * 2**20
-    assert service.metric("modeldemo_first_piece_seconds_count") > 0
+    assert service.metric("modeldemo_first_token_seconds_count") > 0
     assert service.metric("modeldemo_ready") == 1
     with service.client() as client:
         for path in ("/a", "/b", "/v1/c"):

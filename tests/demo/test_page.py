@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +23,17 @@ def service() -> Iterator[Service]:
     assert "Traceback" not in service.stderr
 
 
+def said(chat: list[dict[str, Any]]) -> list[str]:
+    """The texts of a conversation, without its pictures."""
+    parts = [message["content"][0] for message in chat]
+    return [part["text"] for part in parts if part["type"] == "text"]
+
+
 class Visitor:
     """A browser's session with the page, through the calls that the page itself makes."""
 
-    def __init__(self, service: Service) -> None:
-        self._client = Client(service.url, verbose=False)
+    def __init__(self, service: Service, path: str = "") -> None:
+        self._client = Client(service.url + path, verbose=False)
         self.session = self._client.session_hash
 
     def look(self, data: bytes, folder: Path, name: str = "picture.png") -> dict[str, Any]:
@@ -38,7 +45,7 @@ class Visitor:
     def ask(self, question: str, beams: int = 1, temperature: float = 1.0) -> list[str]:
         """What the conversation shows in the end, message by message."""
         chat = self._client.predict(question, beams, temperature, api_name="/answer")[0]
-        return [message["content"][0]["text"] for message in chat]
+        return said(chat)
 
     def asking(self, question: str) -> Any:
         return self._client.submit(question, 1, 1.0, api_name="/answer")
@@ -96,10 +103,10 @@ def test_restart_clears_everything_and_stops_the_running_answer(
     service: Service, visitor: Visitor, tmp_path: Path
 ) -> None:
     cancelled = 'modeldemo_answers_total{outcome="cancelled"}'
-    before, pieces = service.metric(cancelled), service.metric("modeldemo_pieces_total")
+    before, pieces = service.metric(cancelled), service.metric("modeldemo_completion_tokens_total")
     visitor.look(picture("red"), tmp_path)
     visitor.asking("slowly one after the other")
-    service.wait_until(lambda: service.metric("modeldemo_pieces_total") > pieces)
+    service.wait_until(lambda: service.metric("modeldemo_completion_tokens_total") > pieces)
     cleared = visitor.restart()
     assert (cleared["picture"], cleared["chat"], cleared["note"]) == (None, [], "")
     assert cleared["question"]["interactive"] is False
@@ -113,21 +120,21 @@ def test_closing_the_page_stops_the_running_answer(
     service: Service, visitor: Visitor, tmp_path: Path
 ) -> None:
     cancelled = 'modeldemo_answers_total{outcome="cancelled"}'
-    before, pieces = service.metric(cancelled), service.metric("modeldemo_pieces_total")
+    before, pieces = service.metric(cancelled), service.metric("modeldemo_completion_tokens_total")
     visitor.look(picture("red"), tmp_path)
     # A browser holds this connection as long as the page is open.
     open_page = f"/gradio_api/heartbeat/{visitor.session}"
     with service.client() as client, client.stream("GET", open_page):
         visitor.asking("slowly one after the other")
-        service.wait_until(lambda: service.metric("modeldemo_pieces_total") > pieces)
+        service.wait_until(lambda: service.metric("modeldemo_completion_tokens_total") > pieces)
     service.wait_until(lambda: service.metric(cancelled) == before + 1, seconds=3)
 
 
 def test_nothing_is_answered_without_a_picture(service: Service, visitor: Visitor) -> None:
-    before = service.metric("modeldemo_pieces_total")
+    before = service.metric("modeldemo_completion_tokens_total")
     chat, _ = visitor.asking("Which color?").result()
     assert not isinstance(chat, list)  # the conversation stays as it is
-    assert service.metric("modeldemo_pieces_total") == before
+    assert service.metric("modeldemo_completion_tokens_total") == before
 
 
 @pytest.mark.parametrize(
@@ -208,18 +215,148 @@ def test_the_page_names_no_other_host(service: Service) -> None:
     assert not re.findall(r"""(?:src|href)=["']//""", index.text)
 
 
-def test_the_page_has_its_stable_ids_and_both_languages(service: Service) -> None:
+def _parts(service: Service, path: str) -> dict[str, dict[str, Any]]:
+    """The properties of the page's parts, by their ids."""
     with service.client() as client:
-        components = client.get("/config").json()["components"]
-    props = {c["props"]["elem_id"]: c["props"] for c in components if c["props"].get("elem_id")}
+        components = client.get(f"{path}/config").json()["components"]
+    return {c["props"]["elem_id"]: c["props"] for c in components if c["props"].get("elem_id")}
+
+
+@pytest.mark.parametrize("path", ["", "/zh"])
+def test_the_page_has_its_stable_ids(service: Service, path: str) -> None:
+    props = _parts(service, path)
     wanted = {"picture", "chat", "question", "send", "restart", "beams", "temperature"}
     assert wanted <= set(props)
     beams, heat = props["beams"], props["temperature"]
     assert (beams["minimum"], beams["maximum"], beams["value"]) == (1, 10, 1)
     assert (heat["minimum"], heat["maximum"], heat["value"], heat["step"]) == (0, 2, 1.0, 0.1)
     assert props["question"]["interactive"] is False
-    assert "Picture" in props["picture"]["label"]
-    assert "图片" in props["picture"]["label"]
+
+
+def test_each_page_speaks_one_language(service: Service) -> None:
+    english, chinese = _parts(service, ""), _parts(service, "/zh")
+    assert english["picture"]["label"] == "Picture"
+    assert chinese["picture"]["label"] == "图片"
+    words = "".join(str(props) for props in english.values()).replace("中文", "")
+    assert not re.search("[\u4e00-\u9fff]", words)
+    # The names of fields, ids and units stay; sentences do not.
+    shown = [chinese[part][key] for part, key in (("send", "value"), ("question", "placeholder"))]
+    assert not re.search("[A-Za-z]{2}", "".join(shown))
+
+
+@pytest.mark.parametrize(
+    ("path", "accepted", "tag"),
+    [
+        ("/", "", "en"),
+        ("/", "zh-CN,zh;q=0.9,en;q=0.8", "zh-CN"),
+        ("/", "en-GB,en;q=0.9,zh;q=0.8", "en"),
+        ("/", "fr,zh;q=0.4,en;q=0.2", "zh-CN"),
+        ("/", "zh;q=x, en;q=0", "en"),
+        ("/?lang=en", "zh-CN", "en"),
+        ("/?lang=zh", "en", "zh-CN"),
+        ("/?lang=tlh", "zh", "zh-CN"),
+        ("/zh/", "en", "zh-CN"),
+        ("/zh/?lang=en", "zh", "en"),
+    ],
+)
+def test_the_browser_or_the_switch_chooses_the_language(
+    service: Service, path: str, accepted: str, tag: str
+) -> None:
+    with service.client(headers={"Accept-Language": accepted}) as client:
+        page = client.get(path)
+    assert page.status_code == 200
+    assert f'<html lang="{tag}"' in " ".join(page.text.split())
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (picture()[:80], "PNG 文件已损坏或不完整"),
+        (b"nonsense", "上传的不是图片"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "上传的是 SVG 或 HTML"),
+        (b"", "图片是空文件"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+    ],
+)
+def test_the_chinese_page_explains_in_chinese(
+    service: Service, tmp_path: Path, data: bytes, reason: str
+) -> None:
+    seen = Visitor(service, "/zh").look(data, tmp_path)
+    assert reason in seen["note"]
+    assert "出错了" not in seen["note"]  # it is one of the lines that have a translation
+
+
+def test_the_page_says_which_model_and_weights_answer(tmp_path: Path) -> None:
+    service = Service("--weights", "colors-0123456789abcdef", MODELDEMO_REVISION="feedc0de")
+    for path in ("", "/zh"):
+        said = _parts(service, path)["served"]["value"]
+        assert "colors-0123456789abcdef" in said
+        assert "feedc0de" in said
+    with service.client() as client:
+        assert client.get("/healthz").json()["weights"] == "colors-0123456789abcdef"
+        assert 'weights="colors-0123456789abcdef"' in client.get("/metrics").text
+    service.stop()
+
+
+@pytest.fixture(scope="module")
+def several() -> Iterator[Service]:
+    """A model that looks at several pictures, with every control there is."""
+    names = [
+        *("temperature", "top_p", "top_k", "num_beams"),
+        *("max_new_tokens", "repetition_penalty", "seed"),
+    ]
+    page = {"pictures": "several", "system_prompt": True, "controls": names}
+    service = Service("--page", json.dumps(page))
+    yield service
+    assert "Traceback" not in service.stderr
+    service.stop()
+
+
+def test_a_conversation_takes_several_pictures(several: Service, tmp_path: Path) -> None:
+    client = Client(several.url, verbose=False)
+
+    def look(color: str) -> Any:
+        file = tmp_path / f"{color}.png"
+        file.write_bytes(picture(color))
+        return client.predict(handle_file(file), api_name="/look")
+
+    def ask(question: str) -> list[dict[str, Any]]:
+        values = ("be brief", 1.0, 0.9, 50, 1, 300, 1.0, None)
+        return list(client.predict(question, *values, api_name="/answer")[0])
+
+    look("red")
+    assert said(ask("compare them")) == ["compare them", "They are red"]
+    look("blue")
+    chat = ask("compare them")
+    assert said(chat)[-1] == "They are red blue"
+    kinds = [message["content"][0]["type"] for message in chat]
+    assert kinds == ["file", "text", "text", "file", "text", "text"]  # each where it was sent
+    assert said(ask("compare again"))[-1] == "They are red blue"
+    assert said(ask("the system prompt"))[-1] == "be brief"
+
+
+def test_every_control_that_the_model_names_is_on_its_page(several: Service) -> None:
+    parts = _parts(several, "")
+    shown = [part for part in parts if part in {"beams", *several_controls()}]
+    assert shown == [*several_controls()[:3], "beams", *several_controls()[3:]]
+    assert "system" in parts
+
+
+def several_controls() -> list[str]:
+    return ["temperature", "top_p", "top_k", "max_new_tokens", "repetition_penalty", "seed"]
+
+
+def test_labels_become_bars(tmp_path: Path) -> None:
+    service = Service("--page", json.dumps({"kind": "labels", "controls": []}))
+    client = Client(service.url, verbose=False)
+    file = tmp_path / "picture.png"
+    file.write_bytes(picture("green"))
+    client.predict(handle_file(file), api_name="/look")
+    shown = client.predict("red\ngreen\n<b>x</b>", api_name="/compare")
+    assert re.findall("<li><span>(.*?)</span>", shown) == ["green", "red", "&lt;b&gt;x&lt;/b&gt;"]
+    assert re.findall(r"width: ([\d.]+)%", shown) == ["100.00", "0.00", "0.00"]
+    assert "Traceback" not in service.stderr
+    service.stop()
 
 
 def test_analytics_and_footer_links_are_off(service: Service) -> None:

@@ -87,7 +87,7 @@ def test_the_life_of_a_service_as_systemd_and_its_callers_see_it(systemd: System
         )
     )
     thread.start()
-    service.wait_until(lambda: service.metric("modeldemo_pieces_total") > 8)
+    service.wait_until(lambda: service.metric("modeldemo_completion_tokens_total") > 8)
     service.process.send_signal(signal.SIGTERM)
     thread.join()
     assert len(answers[0].json()["choices"][0]["message"]["content"].split()) == 15
@@ -106,7 +106,7 @@ def test_an_answer_that_is_too_long_is_cut_off_within_five_seconds_of_sigterm() 
 
     running, waiting = threading.Thread(target=ask), threading.Thread(target=ask)
     running.start()
-    service.wait_until(lambda: service.metric("modeldemo_pieces_total") > 8)
+    service.wait_until(lambda: service.metric("modeldemo_completion_tokens_total") > 8)
     waiting.start()
     service.wait_until(lambda: service.metric("modeldemo_waiting") == 1)
     started = time.monotonic()
@@ -202,6 +202,7 @@ FILES = ("--model-config", "m.yaml", "--cfg-path", "e.yaml")
         (["serve", *FILES, "--port", "70000"], "70000"),
         (["serve", *FILES, "--port", "http"], "http"),
         (["serve", *FILES, "--threads", "0"], "--threads"),
+        (["serve", *FILES, "--max-seconds", "soon"], "--max-seconds"),
         (["serve", *FILES, "--device", "tpu"], "tpu"),
         (["serve", *FILES, "--examples", "/no/such/folder"], "/no/such/folder"),
         (["launch"], "launch"),

@@ -240,7 +240,7 @@ class TestTheUnit:
         assert file.validate == "systemd-analyze verify {}"
 
     def test_starts_the_environments_own_interpreter_with_every_setting(self, service: Directives):
-        data = {"port": 7861, "bind": "0.0.0.0", "threads": 3, "queue": 4}
+        data = {"port": 7861, "bind": "0.0.0.0", "threads": 3, "queue": 4, "max_seconds": 60}
         values = dict(service(root="/srv/x", model="other", demo=data))
         assert shlex.split(values["ExecStart"]) == [
             f"/srv/x/envs/{INPUTS['environment']}/bin/python",
@@ -249,7 +249,8 @@ class TestTheUnit:
             *("--model-config", "/srv/x/config/minigpt4.yaml"),
             *("--model-id", "other"),
             *("--host", "0.0.0.0", "--port", "7861", "--device", "cpu"),
-            *("--max-waiting", "4", "--threads", "3"),
+            *("--max-waiting", "4", "--max-seconds", "60"),
+            *("--weights", INPUTS["weights"], "--threads", "3"),
             *("--examples", f"/srv/x/app/{INPUTS['application']}/modeldemo/pictures"),
         ]
         assert values["WorkingDirectory"] == f"/srv/x/app/{INPUTS['application']}"

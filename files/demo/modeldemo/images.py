@@ -18,6 +18,7 @@ MAX_BYTES = 20 * 1024 * 1024  # of the file
 MAX_PIXELS = 64_000_000  # width times height, read from the header before any decoding
 # Longer sides are reduced: the models see 224 pixels, and pictures wait in memory for their turn.
 MAX_SIDE = 4096
+SIDE_OF_SEVERAL = 1448  # of a conversation with up to eight pictures: together as large as one
 
 # No format that runs another program (EPS) or holds a whole document (PDF, PSD).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # JPEG: MPO too
@@ -32,8 +33,8 @@ class TooLarge(BadRequest):
     """An upload over a limit of this server."""
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode a picture file into an upright RGB image of at most MAX_SIDE × MAX_SIDE pixels.
+def decode(data: bytes, side: int = MAX_SIDE) -> Image.Image:
+    """Decode a picture file into an upright RGB image of at most side × side pixels.
 
     Transparency is laid on white, animations give their first frame, 16-bit grey is scaled to 8.
     Raises TooLarge for a file over MAX_BYTES or MAX_PIXELS, BadRequest for anything else that is
@@ -56,11 +57,11 @@ def decode(data: bytes) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise TooLarge(_pixels(f"the picture has {image.width} × {image.height} pixels and"))
     try:
-        image.draft(None, (MAX_SIDE, MAX_SIDE))  # JPEG only: decodes large pictures reduced
+        image.draft(None, (side, side))  # JPEG only: decodes large pictures reduced
         image.load()
         image = _upright(image)
-        if max(image.size) > MAX_SIDE:
-            image.thumbnail((MAX_SIDE, MAX_SIDE))
+        if max(image.size) > side:
+            image.thumbnail((side, side))
         return _rgb(image)
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
@@ -70,7 +71,7 @@ def decode(data: bytes) -> Image.Image:
         ) from None
 
 
-def decode_url(url: str) -> Image.Image:
+def decode_url(url: str, side: int = MAX_SIDE) -> Image.Image:
     """Decode a `data:` URL, or the bare base64 of a picture file.
 
     Raises BadRequest for an address: the server fetches nothing.
@@ -88,15 +89,16 @@ def decode_url(url: str) -> Image.Image:
         raise TooLarge(f"the picture is over the limit of {MAX_BYTES // 2**20} MiB; send less")
     raw = urllib.parse.unquote_to_bytes(payload)
     if not header.rstrip().lower().endswith(";base64"):
-        return decode(raw)
+        return decode(raw, side)
     raw = b"".join(raw.split())
     try:
         # Many writers leave the padding out.
-        return decode(base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True))
+        data = base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
     except binascii.Error:
         raise BadRequest(
             "image_url holds no valid base64; write data:image/png;base64,..."
         ) from None
+    return decode(data, side)
 
 
 def _upright(image: Image.Image) -> Image.Image:

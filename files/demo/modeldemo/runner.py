@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -21,7 +21,9 @@ from modeldemo.engine import (
     Piece,
     Sampling,
 )
+from modeldemo.limits import Limits
 from modeldemo.metrics import Metrics
+from modeldemo.stops import Stops
 
 log = logging.getLogger("modeldemo")
 T = TypeVar("T")
@@ -30,9 +32,14 @@ T = TypeVar("T")
 class Unavailable(ModelDemoError):
     """The service cannot take a question now; `retry_after` (seconds) says when it may."""
 
-    def __init__(self, message: str, retry_after: int) -> None:
+    def __init__(self, message: str, retry_after: int, code: str = "unavailable") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.code = code
+
+
+class TooSlow(ModelDemoError):
+    """A question that was not answered within its time."""
 
 
 class Answer:
@@ -47,6 +54,8 @@ class Answer:
         self._left = threading.Event()
         self._future: Future[None] | None = None
         self._ahead: list[str | None] = []  # what wait_first took
+        self._alarm: asyncio.TimerHandle | None = None
+        self.late = False
         self.asked = time.monotonic()
         # Whole once the last piece has come.
         self.prompt_tokens = 0
@@ -63,6 +72,23 @@ class Answer:
         self._left.set()
         if self._future and self._future.cancel():
             self._pieces.put_nowait(None)
+
+    def expire_after(self, seconds: float) -> None:
+        """Give up, and tell the reader, unless the answer ends within that time from now."""
+        self._alarm = self._loop.call_later(seconds, self._expire, seconds)
+
+    def _expire(self, seconds: float) -> None:
+        self.late = True
+        error = TooSlow(
+            f"the answer took longer than {seconds:g} seconds, waiting included; "
+            "ask for fewer tokens or beams, or ask again later"
+        )
+        self._pieces.put_nowait(error)
+        self.leave()
+
+    def _ended(self) -> None:
+        """Called in any thread when the model is done with the question."""
+        self._loop.call_soon_threadsafe(lambda: self._alarm and self._alarm.cancel())
 
     async def wait_first(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for the first piece; raises what the model raised."""
@@ -104,12 +130,19 @@ class Runner:
     """Owns the engine, the one thread that may touch it, and the queue in front of it."""
 
     def __init__(
-        self, model_id: str, revision: str, metrics: Metrics, max_waiting: int = 8
+        self,
+        model_id: str,
+        metrics: Metrics,
+        *,
+        limits: Limits,
+        revision: str = "",
+        weights: str = "",
     ) -> None:
         self.model_id = model_id
         self.revision = revision
+        self.weights = weights
         self.metrics = metrics
-        self.max_waiting = max_waiting
+        self.limits = limits
         self.state: Literal["loading", "ok", "failed", "stopping"] = "loading"
         self.error: str | None = None
         self.engine: Engine | None = None
@@ -117,7 +150,7 @@ class Runner:
         self._thread = ThreadPoolExecutor(1, "model")
         self._jobs: dict[Future[None], Answer] = {}
         self._last_seconds = 1.0
-        metrics.watch_queue(lambda: self.waiting)
+        metrics.watch_queue(lambda: self.waiting, lambda: self.busy)
 
     @property
     def uptime(self) -> float:
@@ -159,14 +192,21 @@ class Runner:
 
     def require_room(self) -> None:
         """Raise Unavailable when the queue is full."""
-        if len(self._jobs) > self.max_waiting:
+        if len(self._jobs) > self.limits.waiting:
             raise Unavailable(
                 f"{self.waiting} questions are waiting already; ask again later",
                 max(1, math.ceil(self._last_seconds)),
+                "queue_full",
             )
 
-    def ask(self, conversation: Conversation, sampling: Sampling) -> Answer:
-        """Queue a question. Raises Unavailable (not ready, queue full) or BadRequest."""
+    def ask(
+        self, conversation: Conversation, sampling: Sampling, stop: Sequence[str] = ()
+    ) -> Answer:
+        """Queue a question; the answer ends before the first of the `stop` strings.
+
+        Raises Unavailable (not ready, queue full) or BadRequest. The answer raises TooSlow when
+        it was not complete within `limits.seconds`.
+        """
         engine = self.require_ready()
         pictures = engine.page.pictures
         if pictures != "none" and not conversation.images:
@@ -177,7 +217,9 @@ class Runner:
         if conversation.images and pictures == "none":
             raise BadRequest(f"the model {self.model_id} reads no pictures; leave image_url out")
         self.require_room()
-        return self._submit(engine, conversation, sampling)
+        answer = self._submit(engine, conversation, sampling, stop)
+        answer.expire_after(self.limits.seconds)
+        return answer
 
     async def prove(self) -> None:
         """Answer one short question, as a proof that the model works; raises ModelDemoError."""
@@ -207,12 +249,18 @@ class Runner:
         engine: Engine,
         conversation: Conversation,
         sampling: Sampling,
+        stop: Sequence[str] = (),
     ) -> Answer:
         answer = Answer()
-        future = self._thread.submit(self._answer, engine, answer, conversation, sampling)
+        future = self._thread.submit(self._answer, engine, answer, conversation, sampling, stop)
         answer._future = future
         self._jobs[future] = answer
-        future.add_done_callback(lambda done: self._jobs.pop(done, None))
+
+        def ended(done: Future[None]) -> None:
+            self._jobs.pop(done, None)
+            answer._ended()
+
+        future.add_done_callback(ended)
         return answer
 
     def _answer(
@@ -221,28 +269,35 @@ class Runner:
         answer: Answer,
         conversation: Conversation,
         sampling: Sampling,
+        stop: Sequence[str],
     ) -> None:
         started = time.monotonic()
-        first = True
+        first: float | None = None
         outcome = "complete"
+        cut = Stops(stop)
         try:
             # Leaving the block closes the iterator, which stops the model.
             stream = cast("Generator[Piece, None, None]", engine.stream(conversation, sampling))
             with closing(stream) as pieces:
                 for piece in pieces:
-                    if answer.left:
-                        outcome = "cancelled"
-                        break
                     answer.prompt_tokens += piece.prompt_tokens
                     answer.new_tokens += piece.new_tokens
+                    self.metrics.prompt_tokens.inc(piece.prompt_tokens)
+                    self.metrics.completion_tokens.inc(piece.new_tokens)
                     answer.finish = piece.finish or answer.finish
-                    if not piece.text:
-                        continue
-                    if first:
-                        self.metrics.first_piece_seconds.observe(time.monotonic() - answer.asked)
-                        first = False
-                    self.metrics.pieces.inc()
-                    answer._put(piece.text)
+                    if answer.left:
+                        outcome = "late" if answer.late else "cancelled"
+                        break
+                    if first is None and (piece.text or piece.new_tokens):
+                        first = time.monotonic()
+                        self.metrics.first_token_seconds.observe(first - answer.asked)
+                    if text := cut.add(piece.text):
+                        answer._put(text)
+                    if cut.met:
+                        answer.finish = "stop"
+                        break
+            if outcome == "complete" and (rest := cut.finish()):
+                answer._put(rest)
         except BadRequest as error:
             outcome = "refused"
             answer._put(error)
@@ -250,9 +305,14 @@ class Runner:
             outcome = "failed"
             answer._put(failure(error))
         finally:
+            ended = time.monotonic()
             if outcome == "complete":
-                self._last_seconds = time.monotonic() - started
-                self.metrics.answer_seconds.observe(self._last_seconds)
+                self._last_seconds = ended - started
+                self.metrics.answer_seconds.observe(ended - started)
+                if first is not None and answer.new_tokens > 1 and ended > first:
+                    self.metrics.tokens_per_second.observe(
+                        (answer.new_tokens - 1) / (ended - first)
+                    )
             self.metrics.answers.labels(outcome).inc()
             answer._put(None)
 
@@ -263,9 +323,9 @@ def _stopping() -> Unavailable:
 
 def failure(error: Exception, what: str = "the model failed") -> ModelDemoError:
     """One line for an error of the model, logged; the stack only at log level DEBUG."""
-    text = " ".join(str(error).split())
     if not isinstance(error, ModelDemoError):
-        text = f"{what}: {type(error).__name__}: {text[:300]}"
-    log.error("%s", text)
-    log.debug("where it failed", exc_info=error)
-    return ModelDemoError(text)
+        text = " ".join(str(error).split())
+        error = ModelDemoError(f"{what}: {type(error).__name__}: {text[:300]}")
+    log.error("%s", " ".join(str(error).split()))
+    log.debug("where it failed", exc_info=error.__context__ or error)
+    return error

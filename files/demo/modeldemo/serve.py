@@ -11,12 +11,15 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from modeldemo import __version__
+from modeldemo import __version__, auth
+from modeldemo.auth import Users
 from modeldemo.engine import Engine, ModelDemoError
+from modeldemo.limits import Limits
 
 if TYPE_CHECKING:
     import uvicorn
@@ -42,8 +45,11 @@ def notify(state: str) -> None:
             log.warning("cannot reach NOTIFY_SOCKET %s: %s", os.environ["NOTIFY_SOCKET"], error)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raises ModelDemoError that says what to do."""
+def bind(host: str, port: int, unread_seconds: float) -> socket.socket:
+    """Return a listening socket; raises ModelDemoError that says what to do.
+
+    Linux itself ends its connections to clients that take nothing for `unread_seconds`.
+    """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -52,6 +58,9 @@ def bind(host: str, port: int) -> socket.socket:
         raise ModelDemoError(f"--host {host}: {error.strerror}; give an address") from None
     sock = socket.socket(family, kind, proto)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        milliseconds = int(unread_seconds * 1000)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     try:
         sock.bind(address)
         sock.listen(128)
@@ -71,10 +80,12 @@ def serve(
     load: Callable[[], Engine],
     *,
     model_id: str,
+    limits: Limits,
     revision: str = "",
+    weights: str = "",
     host: str = "127.0.0.1",
     port: int = 7860,
-    max_waiting: int = 8,
+    users: Users | None = None,
     examples: Sequence[Path] = (),
 ) -> int:
     """Serve what `load` returns until SIGTERM or SIGINT.
@@ -96,19 +107,21 @@ def serve(
     # Until uvicorn handles them; it raises them again for this handler when it has stopped.
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, stop_early)
-    sock = bind(host, port)
+    sock = bind(host, port, limits.unread_seconds)
     shown = f"[{host}]" if ":" in host else host
     log.info("listening on http://%s:%d, loading the model", shown, sock.getsockname()[1])
     notify("STATUS=loading the model")
     # The web framework takes most of a second to import: only once the port is ours.
     import uvicorn
 
-    from modeldemo import api
+    from modeldemo import api, gate
     from modeldemo.metrics import Metrics
     from modeldemo.runner import Runner, failure
+    from modeldemo.slot import Slot
 
-    runner = Runner(model_id, revision, Metrics(model_id, revision), max_waiting)
-    slot = api.Slot(model_id)
+    metrics = Metrics(model_id, revision, weights)
+    runner = Runner(model_id, metrics, revision=revision, weights=weights, limits=limits)
+    slot = Slot(model_id)
 
     def build_page() -> FastAPI:
         # After the model: its own imports are as long, and two threads would not be faster.
@@ -145,7 +158,9 @@ def serve(
 
     server = running = Server(
         uvicorn.Config(
-            api.create_app(runner, slot),
+            api.create_app(runner, slot, users),
+            http=partial(gate.Connection, patience=limits.header_seconds),  # type: ignore[arg-type]
+            limit_concurrency=limits.connections,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -166,11 +181,19 @@ def serve(
     return 1 if runner.state == "failed" else 0
 
 
-def run(load: Callable[[], Engine], *, debug: bool = False, **settings: Any) -> NoReturn:
+def run(
+    load: Callable[[], Engine],
+    *,
+    debug: bool = False,
+    auth_file: Path | None = None,
+    **settings: Any,
+) -> NoReturn:
     """Run `serve` as a whole process: logs to stderr, temporary files, exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     try:
+        if auth_file:
+            settings["users"] = auth.read(auth_file)
         with tempfile.TemporaryDirectory(prefix="modeldemo-") as uploads:
             os.environ["GRADIO_TEMP_DIR"] = uploads
             status = serve(load, **settings)
@@ -202,6 +225,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
     waiting = "questions that may wait before the service says busy (default: %(default)s)"
     option("--max-waiting", type=_positive, default=8, metavar="N", help=waiting)
+    longest = "seconds for an answer, waiting included (default: %(default)s)"
+    option("--max-seconds", type=_positive, default=300, metavar="N", help=longest)
+    users = "ask for the passwords of this file's USER:PASSWORD lines"
+    option("--auth-file", type=Path, metavar="FILE", help=users)
+    option("--weights", default="", metavar="VERSION", help="which weights, to show to people")
     option("--examples", type=_pictures, default=[], metavar="FOLDER", help="to offer on the page")
     option("--debug", action="store_true", help="log the stack of every error")
     return parser
@@ -251,6 +279,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         revision=os.environ.get("MODELDEMO_REVISION", ""),
         host=args.host,
         port=args.port,
-        max_waiting=args.max_waiting,
+        weights=args.weights,
+        limits=Limits(waiting=args.max_waiting, seconds=args.max_seconds),
+        auth_file=args.auth_file,
         examples=args.examples,
     )

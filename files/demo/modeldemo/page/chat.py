@@ -1,0 +1,234 @@
+"""The page of a model that converses: about a picture, about several, or about none."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gradio as gr
+
+from modeldemo.engine import BadRequest, Conversation, Engine, ModelDemoError, Turn
+from modeldemo.images import MAX_SIDE, SIDE_OF_SEVERAL
+from modeldemo.page import parts
+from modeldemo.questions import MAX_PICTURES
+from modeldemo.runner import Runner
+from modeldemo.texts import Texts
+
+
+@dataclass(frozen=True)
+class Said:
+    """A message of a browser's conversation; its pictures stay on the disk."""
+
+    role: Literal["user", "assistant"]
+    text: str
+    pictures: tuple[str, ...] = ()
+
+
+def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
+    """Build the page in one language."""
+    assert runner.engine
+    engine: Engine = runner.engine
+    pictures = engine.page.pictures
+    hint = texts.ask if pictures == "none" else texts.picture_first
+    alt = texts.picture if pictures == "several" else None
+    sessions = parts.Sessions()
+    with parts.page(runner) as page:
+        parts.heading(runner, hint, texts)
+        # Kept here rather than taken from the browser: what was said, and the checked upload.
+        said, upload = gr.State([]), gr.State(None)
+        with gr.Row():
+            with gr.Column(scale=4, min_width=280, elem_id="left"):
+                picture = parts.picture(texts, visible=pictures != "none")
+                note = gr.Markdown(elem_id="note")
+                chosen = parts.offered(examples if pictures != "none" else (), picture, texts)
+                with gr.Column(elem_id="settings"):
+                    before: list[Any] = []
+                    if engine.page.system_prompt:
+                        before = [
+                            gr.Textbox(
+                                label=texts.system_prompt,
+                                lines=3,
+                                max_lines=8,
+                                max_length=8000,
+                                elem_id="system",
+                            )
+                        ]
+                    controls = parts.controls(engine, texts)
+            with gr.Column(scale=6, min_width=320, elem_id="right"):
+                chat = gr.Chatbot(
+                    label=texts.conversation,
+                    placeholder=f"<center>{hint}</center>",
+                    buttons=[],
+                    feedback_options=None,
+                    latex_delimiters=[],
+                    allow_tags=False,
+                    elem_id="chat",
+                )
+                with gr.Row(elem_id="ask"):
+                    question = gr.Textbox(
+                        placeholder=hint,
+                        interactive=pictures == "none",
+                        label=texts.ask,
+                        show_label=False,
+                        container=False,
+                        max_lines=4,
+                        max_length=20_000,
+                        scale=8,
+                        elem_id="question",
+                    )
+                    send = gr.Button(
+                        texts.send,
+                        variant="primary",
+                        interactive=pictures == "none",
+                        scale=1,
+                        elem_id="send",
+                    )
+                    restart = gr.Button(texts.restart, scale=1, elem_id="restart")
+        parts.served(runner, texts)
+
+        def fields(on: bool) -> tuple[Any, Any]:
+            asking = texts.ask if pictures == "none" else texts.ask_picture
+            placeholder = asking if on else hint
+            return gr.update(interactive=on, placeholder=placeholder), gr.update(interactive=on)
+
+        def leave(request: gr.Request) -> None:
+            sessions.leave(request.session_hash)
+
+        async def look(
+            file: dict[str, Any] | None, messages: list[Said], request: gr.Request
+        ) -> list[Any]:
+            """Check a new picture; one that cannot be read says why.
+
+            Where the model looks at one picture, a new one starts a new conversation; where it
+            looks at several, it goes with the next question.
+            """
+            path, problem = (file or {}).get("path"), ""
+            if path:
+                try:
+                    await parts.opened(path)
+                except ModelDemoError as error:
+                    path, problem = None, parts.sentence(error, texts)
+            shown = gr.skip() if path else None
+            if pictures == "several":
+                on = path is not None or any(message.pictures for message in messages)
+                return [shown, path, gr.skip(), gr.skip(), problem, *fields(on)]
+            sessions.leave(request.session_hash)
+            return [shown, path, [], [], problem, *fields(path is not None)]
+
+        async def clear(request: gr.Request) -> list[Any]:
+            sessions.leave(request.session_hash)
+            text, button = fields(pictures == "none")
+            return [None, None, [], [], "", {**text, "value": ""}, button]
+
+        async def forget(request: gr.Request) -> list[Said]:
+            sessions.leave(request.session_hash)
+            return []
+
+        async def answer(
+            path: str | None,
+            messages: list[Said],
+            asked: str,
+            request: gr.Request,
+            *values: Any,
+        ) -> AsyncIterator[list[Any]]:
+            """Stream the answer into the conversation; an error gives the question back."""
+            asked = asked.strip()
+            first = not any(message.pictures for message in messages)
+            if not asked or (pictures != "none" and first and not path):
+                gr.Warning(hint)
+                yield [gr.skip()] * 5
+                return
+            gone = sessions.begin(request.session_hash)
+            # The one picture belongs to the first question, each of several to the next one.
+            new = (path,) if path and (first or pictures == "several") else ()
+            history = [*messages, Said("user", asked, new)]
+            closed = gr.update(value="", interactive=False), gr.update(interactive=False)
+            yield [_shown(history, alt, "…"), gr.skip(), gr.skip(), *closed]
+            text = ""
+            try:
+                system = str(values[0] or "").strip() if before else ""
+                conversation = await _conversation(history, system)
+                sampling = parts.sampling(engine, values[len(before) :])
+                reply = runner.ask(conversation, sampling)
+                async with aclosing(reply.pieces(parts.GLANCE)) as pieces:
+                    async for piece in pieces:
+                        if gone.is_set():
+                            # gradio repeats the last output at the end, over an emptied page
+                            yield [gr.skip()] * 5
+                            return
+                        if piece:
+                            text += piece
+                            yield [_shown(history, alt, text), *[gr.skip()] * 4]
+            except ModelDemoError as error:
+                gr.Warning(parts.sentence(error, texts))
+                again = gr.update(value=asked, interactive=True), gr.update(interactive=True)
+                yield [_shown(messages, alt), gr.skip(), gr.skip(), *again]
+                return
+            opened = gr.update(interactive=True), gr.update(interactive=True)
+            shown = _shown(history, alt, text or texts.no_words)
+            kept = None if pictures == "several" else path
+            yield [shown, [*history, Said("assistant", text)], kept, *opened]
+
+        gr.on(
+            [question.submit, send.click],
+            answer,
+            [upload, said, question, *before, *controls],
+            [chat, said, upload, question, send],
+            concurrency_limit=None,  # the runner has the queue, for this page and the API alike
+            show_progress="hidden",
+            api_name="answer",
+            api_visibility="undocumented",
+        )
+        everything = [picture, upload, chat, said, note, question, send]
+        for trigger in chosen:
+            trigger(
+                look,
+                [picture, said],
+                everything,
+                preprocess=False,  # gradio's own way of opening a broken picture fails loudly
+                concurrency_limit=2,  # a decoded picture can take hundreds of megabytes
+                concurrency_id="look",
+                show_progress="hidden",
+                api_name="look",
+                api_visibility="undocumented",
+            )
+        restart.click(
+            clear,
+            None,
+            everything,
+            show_progress="hidden",
+            api_name="restart",
+            api_visibility="undocumented",
+        )
+        chat.clear(forget, None, said, show_progress="hidden", api_visibility="private")
+        page.unload(leave)
+    return page
+
+
+async def _conversation(history: Sequence[Said], system: str) -> Conversation:
+    """What the engine is asked. Raises BadRequest for a picture that is gone or one too many."""
+    turns = []
+    count = sum(len(one.pictures) for one in history)
+    if count > MAX_PICTURES:
+        raise BadRequest(f"a conversation has {MAX_PICTURES} pictures at most; start again")
+    side = SIDE_OF_SEVERAL if count > 1 else MAX_SIDE
+    for one in history:
+        images = [await parts.opened(path, side) for path in one.pictures]
+        turns.append(Turn(one.role, one.text, tuple(images)))
+    return Conversation(tuple(turns), system)
+
+
+def _shown(
+    history: Sequence[Said], alt: str | None, reply: str | None = None
+) -> list[dict[str, Any]]:
+    """The conversation as the page shows it; with `alt`, pictures stand where they were sent."""
+    messages: list[dict[str, Any]] = []
+    for one in history:
+        if alt is not None:
+            for path in one.pictures:
+                messages.append({"role": one.role, "content": {"path": path, "alt_text": alt}})
+        messages.append({"role": one.role, "content": one.text})
+    return [*messages, {"role": "assistant", "content": reply}] if reply else messages
