@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -24,8 +25,9 @@ from ..engine import (
     Turn,
 )
 from ..hub_folder import Settings
-from ..pretrained import choose_device, choose_precision, load, read_config
-from . import labels
+from ..pretrained import choose_device, choose_precision, load, read_config, tensors
+from . import labels, openai
+from .settings import WORDS, archive
 
 log = logging.getLogger("modeldemo")
 
@@ -69,26 +71,11 @@ class ClipEngine:
         # Half a gigabyte fits everywhere, and the numbers are the answer.
         auto = settings.precision == "auto"
         precision = choose_precision("fp32" if auto else settings.precision, where)
-        config = read_config(folder, CLIPConfig)
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-            processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            # The libraries raise plain exceptions of many kinds for broken files.
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise ModelDemoError(
-                f"{folder}: the tokenizer's files or preprocessor_config.json cannot be read "
-                f"({reason}); fetch them again"
-            ) from error
-        if len(tokenizer) != config.text_config.vocab_size:
-            raise ModelDemoError(
-                f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json "
-                f"{config.text_config.vocab_size}; the two belong to different models: fetch both "
-                "from one place"
-            )
+        found = _openai(folder) if archive(folder) else _hugging_face(folder)
+        config, tokenizer, processor, weights = found
         with torch.device("meta"):
             model = CLIPModel(config)
-        load(model, settings, where, precision)
+        load(model, weights, folder, where, precision)
         for part in (model.text_model.embeddings, model.vision_model.embeddings):
             # Not in the files; made on the meta device with the rest.
             count = part.position_embedding.num_embeddings
@@ -159,6 +146,44 @@ class ClipEngine:
         padded = [one + [self._end] * (longest - len(one)) for one in ids]
         found = self._model.get_text_features(torch.tensor(padded, device=self._device))
         return _unit(found.pooler_output)
+
+
+_Found = tuple[CLIPConfig, CLIPTokenizer, CLIPImageProcessorPil, Iterable[tuple[Path, str, Tensor]]]
+
+
+def _hugging_face(folder: Path) -> _Found:
+    config = read_config(folder, CLIPConfig)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # The libraries raise plain exceptions of many kinds for broken files.
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ModelDemoError(
+            f"{folder}: the tokenizer's files or preprocessor_config.json cannot be read "
+            f"({reason}); fetch them again"
+        ) from error
+    if len(tokenizer) != config.text_config.vocab_size:
+        raise ModelDemoError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json "
+            f"{config.text_config.vocab_size}; the two belong to different models: fetch both "
+            "from one place"
+        )
+    return config, tokenizer, processor, tensors(folder)
+
+
+def _openai(folder: Path) -> _Found:
+    file = archive(folder)
+    assert file
+    original = openai.read(file)
+    config = openai.configuration(original)
+    tokenizer = openai.tokenizer(folder / WORDS, config.text_config.vocab_size)
+    side = config.vision_config.image_size
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    weights = ((file, name, value) for name, value in openai.named(original).items())
+    return config, tokenizer, processor, weights
 
 
 def middle(image: Image.Image) -> Image.Image:

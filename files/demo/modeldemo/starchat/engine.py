@@ -30,7 +30,7 @@ from ..engine import (
     Turn,
 )
 from ..hub_folder import Settings
-from ..pretrained import choose_device, choose_precision, read_config
+from ..pretrained import choose_device, choose_precision, read_config, tensors
 from ..pretrained import load as load_weights
 from .tokenizer import Text, Tokenizer
 
@@ -83,7 +83,7 @@ class StarChatEngine:
             )
         with torch.device("meta"):
             model = GPTBigCodeForCausalLM(config)
-        load_weights(model, settings, where, precision)
+        load_weights(model, tensors(settings.folder), settings.folder, where, precision)
         log.info("%s: StarChat in %s on %s", model_id, precision, where)
         return cls(model_id, model, tokenizer)
 
