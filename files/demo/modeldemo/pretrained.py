@@ -169,9 +169,8 @@ def _quantise(model: nn.Module, precision: Precision) -> None:
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_compute_dtype": torch.float16,
         }
-    replace_with_bnb_linear(
-        model, modules_to_not_convert=["lm_head"], quantization_config=BitsAndBytesConfig(**how)
-    )
+    chosen = BitsAndBytesConfig(**how)  # type: ignore[no-untyped-call]
+    replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=chosen)
 
 
 @contextmanager

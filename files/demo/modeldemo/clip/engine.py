@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.models.clip.configuration_clip import CLIPConfig
+from transformers.models.clip.configuration_clip import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
@@ -62,7 +67,7 @@ class ClipEngine:
         self._tokens.no_truncation()
         self._end = int(tokenizer.eos_token_id)
         self._device = model.logit_scale.device
-        self.context = int(model.config.text_config.max_position_embeddings)
+        self.context = model.text_model.embeddings.position_embedding.num_embeddings
 
     @classmethod
     def load(cls, settings: Settings, device: str, model_id: str) -> ClipEngine:
@@ -163,11 +168,11 @@ def _hugging_face(folder: Path) -> _Found:
             f"{folder}: the tokenizer's files or preprocessor_config.json cannot be read "
             f"({reason}); fetch them again"
         ) from error
-    if len(tokenizer) != config.text_config.vocab_size:
+    words = cast(CLIPTextConfig, config.text_config).vocab_size
+    if len(tokenizer) != words:
         raise ModelDemoError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json "
-            f"{config.text_config.vocab_size}; the two belong to different models: fetch both "
-            "from one place"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json {words}; the two "
+            "belong to different models: fetch both from one place"
         )
     return config, tokenizer, processor, tensors(folder)
 
@@ -177,8 +182,8 @@ def _openai(folder: Path) -> _Found:
     assert file
     original = openai.read(file)
     config = openai.configuration(original)
-    tokenizer = openai.tokenizer(folder / WORDS, config.text_config.vocab_size)
-    side = config.vision_config.image_size
+    tokenizer = openai.tokenizer(folder / WORDS, len(original["token_embedding.weight"]))
+    side = cast(int, cast(CLIPVisionConfig, config.vision_config).image_size)
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     )
@@ -194,4 +199,5 @@ def middle(image: Image.Image) -> Image.Image:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return vectors.float() / vectors.float().norm(dim=-1, keepdim=True)
+    length: Tensor = vectors.float().norm(dim=-1, keepdim=True)
+    return vectors.float() / length

@@ -201,11 +201,12 @@ def tokenizer(file: Path, size: int) -> CLIPTokenizer:
     except (OSError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ModelDemoError(f"{file}: not CLIP's words ({reason}); fetch it again") from error
-    letters = list(bytes_to_unicode().values())
+    letters = list(bytes_to_unicode().values())  # type: ignore[no-untyped-call]
     words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     if len(words) != size:
         raise ModelDemoError(
             f"{file}: makes {len(words)} words, the weights have {size}; fetch it again"
         )
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges)
+    vocabulary = {word: number for number, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges)  # type: ignore[arg-type]

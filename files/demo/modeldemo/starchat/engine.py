@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -199,7 +200,7 @@ class _Choice:
                 "the model's output is not a number: check the weights' hashes, or set "
                 "model.precision to bf16 or fp32"
             )
-        scores = self._scores(ids.to(self._device), logits)
+        scores = self._scores(cast(torch.LongTensor, ids.to(self._device)), logits)
         if self._greedy:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
