@@ -39,9 +39,7 @@ def read(model: Section, *needed: tuple[str, ...]) -> Settings:
     ModelDemoError, one line that names file and key.
     """
     precision = read_precision(model)
-    folder = check_path(model.get("path", str), "model.path", Path(model.origin("path")))
-    if not folder.is_dir():
-        raise ModelDemoError(f"{folder}: not a directory; model.path is the model's own folder")
+    folder = read_path(model)
     for names in (("config.json",), *needed):
         there = [folder / name for name in names if (folder / name).is_file()]
         if not there:
@@ -52,6 +50,14 @@ def read(model: Section, *needed: tuple[str, ...]) -> Settings:
     for file in weight_files(folder):
         check_file(file)
     return Settings(folder, precision)
+
+
+def read_path(model: Section) -> Path:
+    """The folder `model.path`, absolute and there; raises ModelDemoError."""
+    folder = check_path(model.get("path", str), "model.path", Path(model.origin("path")))
+    if not folder.is_dir():
+        raise ModelDemoError(f"{folder}: not a directory; model.path is the model's own folder")
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:

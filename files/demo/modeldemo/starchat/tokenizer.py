@@ -40,7 +40,8 @@ class Tokenizer:
         self.ends = frozenset(special[t] for t in (SYSTEM, USER, ASSISTANT, END, DOCUMENT_END))
         """The tokens that end an answer: its own, and those by which another turn begins."""
         self.size: int = 1 + max(*special.values(), *self._model.get_vocab().values())
-        bytes_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        alphabet: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+        bytes_of = {character: byte for byte, character in alphabet.items()}
         known = {i: t for t, i in self._model.get_vocab().items() if t not in special}
         try:
             self._bytes = {i: bytes(bytes_of[c] for c in t) for i, t in known.items()}
