@@ -71,8 +71,10 @@ def assemble(
             kind = dtype
         else:
             kind = torch.float16 if name in halves else torch.float32
+        # Converted where it goes, so that host memory holds no second one.
+        moved = value.to(device) if device.type == "cuda" else value
         # A copy always: a mapped tensor would change, or crash the process, with its file.
-        return value.to(device=device, dtype=kind, copy=True)
+        return moved.to(device=device, dtype=kind, copy=moved is value)
 
     load_vit(model, settings.vit, place)
     load_qformer(model, settings.qformer, place)
