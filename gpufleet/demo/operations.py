@@ -72,8 +72,9 @@ root=${{2:-/nowhere}}
 shift 2
 for f in "$@" "$root"/processes/*.env; do
   rm -f "$f" {STATE}/written"$f" {STATE}/originals"$f".absent
-  rmdir "${{f%/*}}" 2>/dev/null
+  rmdir "${{f%/*}}" {STATE}/written"${{f%/*}}" {STATE}/originals"${{f%/*}}" 2>/dev/null
 done
+rm -rf /var/cache/{FRONT}
 [ -e /etc/systemd/system/{TARGET} ] || rm -rf /etc/systemd/system/{TARGET}.wants
 systemctl daemon-reload
 """

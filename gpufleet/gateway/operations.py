@@ -43,9 +43,10 @@ exit 1
 # $1 nginx's unit, $2 that of its watch, then its files. All that was noted of them goes too.
 _REMOVE = rf"""
 systemctl disable --quiet --now "$2" "$1" 2>/dev/null
+rm -rf "/var/cache/${{1%.service}}"
 shift 2
 for f in "$@"; do rm -f "$f" {STATE}/written"$f" {STATE}/originals"$f".absent; done
-rmdir "${{1%/*}}" 2>/dev/null
+rmdir "${{1%/*}}" {STATE}/written"${{1%/*}}" {STATE}/originals"${{1%/*}}" 2>/dev/null
 systemctl daemon-reload
 """
 
