@@ -7,11 +7,11 @@ from pyinfra.api import DeployError, deploy
 
 from gpufleet import ROOT
 from gpufleet.demo import operations
-from gpufleet.demo.plan import PICTURE, address, pack
+from gpufleet.demo.plan import PICTURE, addresses, pack, processes, secret
 from gpufleet.errors import FleetError
 from gpufleet.weights import operations as weights
 from gpufleet.weights.plan import folder, version
-from tasks import current, weight_files
+from tasks import current, gpus, weight_files
 
 
 @deploy("health")
@@ -20,6 +20,7 @@ def health() -> None:
     settings, model = current()
     try:
         question = model.question
+        count = processes(settings, gpus(settings))
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
     files, _ = weight_files(settings, model)
@@ -32,12 +33,13 @@ def health() -> None:
         picture = settings.root / "app" / app.digest / PICTURE
     operations.answers(
         name="Ask the demo",
-        address=address(settings),
+        addresses=addresses(settings, count),
         model=settings.model_id,
         picture=str(picture) if picture else None,
         question=question.question,
         expected=question.answer,
         timeout=settings.health.timeout,
+        users=secret(settings) if settings.demo.auth_file else "",
     )
     # Only now: had it not answered, the files before would still be wanted.
     weights.pruned(
