@@ -14,6 +14,7 @@ from tasks.kernel import kernel
 from tasks.mirrors import mirrors
 from tasks.preflight import preflight
 from tasks.python_env import python_env
+from tasks.upstream import upstream
 from tasks.weights import weights
 
 # First, and always: all findings of all hosts, before any host changes.
@@ -38,6 +39,8 @@ if selected("weights"):
     weights()
 if selected("config"):
     config()
+if selected("upstream"):
+    upstream()
 
 # Last: the service starts only on a host where everything before it went well.
 if selected("demo"):

@@ -13,8 +13,11 @@ from gpufleet.errors import FleetError
 from gpufleet.managed import operations as managed
 from gpufleet.python_env import operations as environments
 from gpufleet.python_env.conda import digests
+from gpufleet.upstream import operations as checkouts
+from gpufleet.upstream import plan as upstream
 from gpufleet.weights.plan import folder, version
 from tasks import current, weight_files
+from tasks.upstream import head
 
 
 @deploy("demo")
@@ -26,14 +29,20 @@ def demo() -> None:
     app = pack(ROOT / "files" / "demo" / "modeldemo")
     try:
         kept = digests(settings)
-        file, revision = unit(
-            settings,
-            model,
-            environment=kept[0],
-            application=app.digest,
-            weights=weights,
-            config=files(settings, model, folder(root, weights)),
-        )
+        config = files(settings, model, folder(root, weights))
+        if settings.runtime == "upstream":
+            file, revision = upstream.unit(
+                settings, environment=kept[0], head=head(settings), weights=weights, config=config
+            )
+        else:
+            file, revision = unit(
+                settings,
+                model,
+                environment=kept[0],
+                application=app.digest,
+                weights=weights,
+                config=config,
+            )
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
     operations.application(name=f"Install the application {app.digest}", root=root, app=app)
@@ -45,5 +54,9 @@ def demo() -> None:
         revision=revision,
     )
     # Only now: until the restart, the service ran on them.
+    if settings.runtime == "upstream":
+        checkouts.prune(
+            name="Remove older checkouts", root=root, keep=upstream.code(settings).commit
+        )
     operations.prune(name="Remove older applications", root=root, keep=app.digest)
     environments.prune(name="Remove older environments", root=root, keep=kept)

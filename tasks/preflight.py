@@ -27,8 +27,10 @@ from gpufleet.run.only import alone, selected
 from gpufleet.run.override import settled
 from gpufleet.seen import fresh
 from gpufleet.settings import Settings, parse
+from gpufleet.upstream import plan as upstream
 from gpufleet.weights.local import check_source
 from gpufleet.weights.local import files as weight_files
+from tasks.upstream import head
 
 # One report a run: pyinfra loads the deploy once a host, and the first host that comes here asks
 # all of them, so that the report is whole before the first host may go on.
@@ -60,6 +62,12 @@ def _check(one: Host) -> list[str]:
         noted(error)
     if selected("demo") and not model.served:
         noted(FleetError(catalog.NOT_SERVED.format(title=model.title)))
+    found += upstream.findings(settings, model)
+    if settings.runtime == "upstream" and selected("upstream"):
+        try:
+            head(settings)
+        except FleetError as error:
+            noted(error)
     files: tuple[WeightFile, ...] = ()
     try:
         wrong = check_source(settings, model)

@@ -20,7 +20,8 @@ f=/etc/systemd/system/$1
 started=$(systemctl show --timestamp=us "$1" -p ExecMainStartTimestamp --value)
 if [ -n "$started" ] && [ -n "$3" ]; then
   printf 'changed_since='
-  find -L "$f" "$3/config" ${4:+"$4"} "$3/app" -type f -newerct "$started" 2>/dev/null |
+  find -L "$f" "$3/config" ${4:+"$4"} "$3/app" "$3/upstream" -name .git -prune -o \
+    -type f -newerct "$started" -print 2>/dev/null |
     head -n 1
   echo
 fi
