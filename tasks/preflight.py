@@ -19,7 +19,12 @@ from gpufleet.kernel.facts import KernelFacts
 from gpufleet.mirrors.choice import check as check_mirrors
 from gpufleet.preflight.facts import Preflight
 from gpufleet.preflight.local import missing_programs
-from gpufleet.preflight.plan import driver_findings, findings
+from gpufleet.preflight.plan import (
+    driver_findings,
+    findings,
+    part_findings,
+    torch_findings,
+)
 from gpufleet.python_env.conda import check_installer, pair_findings, recipes
 from gpufleet.python_env.plan import PYTHON, lock_for
 from gpufleet.run.events import emit
@@ -63,6 +68,7 @@ def _check(one: Host) -> list[str]:
     if selected("demo") and not model.served:
         noted(FleetError(catalog.NOT_SERVED.format(title=model.title)))
     found += upstream.findings(settings, model)
+    found += torch_findings(settings.accelerator, made)
     if settings.runtime == "upstream" and selected("upstream"):
         try:
             head(settings)
@@ -74,6 +80,7 @@ def _check(one: Host) -> list[str]:
         found += wrong
         if not wrong and selected("weights"):
             files = weight_files(settings, model)
+            found += part_findings(settings.model_id, model, files)
     except FleetError as error:
         noted(error)
     if not one.connected:  # its settings are checked all the same; the connection is reported
