@@ -9,6 +9,7 @@ from tasks.base import base
 from tasks.config import config
 from tasks.demo import demo
 from tasks.driver import driver
+from tasks.gateway import gateway
 from tasks.health import health
 from tasks.kernel import kernel
 from tasks.mirrors import mirrors
@@ -42,8 +43,11 @@ if selected("config"):
 if selected("upstream"):
     upstream()
 
-# Last: the service starts only on a host where everything before it went well.
+# The service starts only on a host where everything before it went well.
 if selected("demo"):
     demo()
 if selected("health"):
     health()
+# Last: it asks demos that answer.
+if selected("gateway"):
+    gateway()

@@ -9,6 +9,7 @@ from pyinfra.api import DeployError
 
 from gpufleet import catalog
 from gpufleet.catalog import Model, WeightFile
+from gpufleet.driver.facts import GpuFacts
 from gpufleet.errors import FleetError
 from gpufleet.mirrors import probe
 from gpufleet.mirrors.choice import Choice
@@ -42,6 +43,11 @@ def weight_files(settings: Settings, model: Model) -> tuple[tuple[WeightFile, ..
         return local.files(settings, model), local.source(settings, model)
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
+
+
+def gpus(settings: Settings) -> int:
+    """How many NVIDIA GPUs the host at hand has for the demo, which may be none."""
+    return len(fresh(GpuFacts).gpus) if settings.accelerator == "cuda" else 0
 
 
 def warn(concern: str, message: str) -> None:

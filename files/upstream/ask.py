@@ -1,10 +1,11 @@
 """Asks upstream's page about a picture, through the page's own API, and prints one line of JSON.
 
-    python3 ask.py http://ADDRESS:PORT PICTURE QUESTION SECONDS
+    python3 ask.py http://ADDRESS:PORT PICTURE QUESTION SECONDS [USERS]
 
-Prints {"answer": "…"} or {"error": "…"}. With "" for PICTURE it asks whether the page is there. The
-page's parts are found by what they are, not by their
-number: gradio 3.24 to 3.50, which both of upstream's environments have. Needs nothing but Python.
+Prints {"answer": "…"} or {"error": "…"}. With "" for PICTURE it asks whether the page is there.
+USERS is a file of USER:PASSWORD lines; the first one logs in. The page's parts are found by what
+they are, not by their number: gradio 3.24 to 3.50, which both of upstream's environments have.
+Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -15,20 +16,28 @@ import mimetypes
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 # Nothing between us and the page: a proxy of the environment is for the world outside.
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+OPENER = urllib.request.build_opener(
+    urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor()
+)
 
 
 class Page:
     """Upstream's page at an address, as one visitor has it."""
 
-    def __init__(self, address: str, seconds: float) -> None:
+    def __init__(self, address: str, seconds: float, users: str) -> None:
         self.address = address
         self.until = time.monotonic() + seconds
+        if users:
+            first = Path(users).read_text("utf-8").splitlines()[0]
+            user, _, password = first.partition(":")
+            form = urllib.parse.urlencode({"username": user, "password": password})
+            OPENER.open(f"{address}/login", form.encode(), timeout=seconds).close()
         self.session = f"ask-{time.time_ns()}"
         config = self._get("/config")
         self.parts = {part["id"]: part for part in config["components"]}
@@ -72,9 +81,9 @@ class Page:
                 return outputs
 
 
-def ask(address: str, picture: str, question: str, seconds: float) -> str:
+def ask(address: str, picture: str, question: str, seconds: float, users: str) -> str:
     """The answer to a question about a picture; without one, what the page is."""
-    page = Page(address, seconds)
+    page = Page(address, seconds, users)
     if not picture:
         return f"a page of {len(page.parts)} parts"
     kind = mimetypes.guess_type(picture)[0] or "image/png"
@@ -85,10 +94,10 @@ def ask(address: str, picture: str, question: str, seconds: float) -> str:
     return str(answered["chatbot"][-1][1])
 
 
-def main(address: str, picture: str, question: str, seconds: str) -> None:
+def main(address: str, picture: str, question: str, seconds: str, users: str = "") -> None:
     """Print the answer, or why there is none."""
     try:
-        said = {"answer": ask(address, picture, question, float(seconds))}
+        said = {"answer": ask(address, picture, question, float(seconds), users)}
     except urllib.error.HTTPError as error:
         why = error.read().decode("utf-8", "replace")
         said = {"error": f"HTTP {error.code}: {' '.join(why.split())[:200]}"}

@@ -20,12 +20,15 @@ def logs(
     ] = None,
 ) -> None:
     """Show what a host's demo has logged, newest last."""
-    from gpufleet.demo.plan import UNIT
+    from gpufleet.demo.plan import FRONT, TEMPLATE, UNIT
     from gpufleet.errors import FleetError
     from gpufleet.run.inventory import find
 
     goal = find(inventory, host)
-    journal = ["journalctl", "--no-pager", "-u", UNIT, "-n", str(lines), *["-f"] * follow]
+    # Of several processes, each; and nginx before them, which says whom it does not ask.
+    units = (UNIT, TEMPLATE.replace("@", "@*"), f"{FRONT}.service", f"{FRONT}-watch.service")
+    named = [word for unit in units for word in ("-u", unit)]
+    journal = ["journalctl", "--no-pager", *named, "-n", str(lines), *["-f"] * follow]
     if goal.sudo:
         journal = ["sudo", *journal]
     command = [*goal.ssh(), shlex.join(journal)]

@@ -5,7 +5,10 @@ The document of `fleet status --json` (`version` 1); what is unknown is null:
     {"version": 1, "command": "status", "exit_code": 0|1,
      "hosts": [{"name": HOST, "healthy": BOOL, "error": LINE, "health": "ok"|…, "model": ID,
                 "active": STATE, "enabled": BOOL, "revision_running": DIGEST,
-                "revision_on_disk": DIGEST, "since": TIME, "memory_bytes": N}, …]}
+                "revision_on_disk": DIGEST, "since": TIME, "memory_bytes": N,
+                "processes": [{"name": UNIT, "active": STATE, "revision_running": DIGEST,
+                               "since": TIME, "memory_bytes": N, "health": "ok"|…,
+                               "error": LINE or null}, …] where there are several}, …]}
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ def status(
         raise typer.Exit(exit_code)
     output.print_rows(
         ["HOST", "HEALTH", "UNIT", "AT BOOT", "MODEL", "REVISION", "MEMORY", "SINCE"],
-        [_row(host) for host in hosts],
+        [row for host in hosts for row in (_row(host), *_processes(host))],
     )
     for host in hosts:
         if host.error:
@@ -63,7 +66,6 @@ def _row(host: HostStatus) -> list[str]:
     revision = service.revision_running or "-"
     if service.revision_on_disk and service.revision_on_disk != service.revision_running:
         revision += f" (on disk: {service.revision_on_disk})"
-    memory = f"{service.memory_bytes / 2**20:.0f} MiB" if service.memory_bytes else "-"
     return [
         host.name,
         host.problem or "ok",
@@ -71,6 +73,27 @@ def _row(host: HostStatus) -> list[str]:
         "yes" if service.enabled else "no",
         host.model or "-",
         revision,
-        memory,
+        _memory(service.memory_bytes),
         service.since or "-",
     ]
+
+
+def _processes(host: HostStatus) -> list[list[str]]:
+    """A row for each of several processes, under the host's own."""
+    return [
+        [
+            f"  {one['name'].partition('@')[2].removesuffix('.service')}",
+            one["error"] or one["health"],
+            one["active"],
+            "",
+            "",
+            one["revision_running"] or "-",
+            _memory(one["memory_bytes"]),
+            one["since"] or "-",
+        ]
+        for one in host.processes
+    ]
+
+
+def _memory(size: int | None) -> str:
+    return f"{size / 2**20:.0f} MiB" if size else "-"

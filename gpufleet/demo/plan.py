@@ -7,18 +7,32 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from shlex import quote
 
 from gpufleet import render
 from gpufleet.catalog import Model
+from gpufleet.errors import FleetError
+from gpufleet.gateway.plan import Backend, Balancer, join, paths
 from gpufleet.managed.plan import ManagedFile
 from gpufleet.settings import Settings
 from gpufleet.weights.plan import folder as weights_folder
 
-#: The service's name on every host.
+#: The service's name where one process serves.
 UNIT = "minigpt4-demo.service"
+
+#: Where several do: the unit that each is an instance of, and what all of them start and stop with.
+TEMPLATE = "minigpt4-demo@.service"
+TARGET = "minigpt4-demo.target"
+
+#: nginx in front of several processes.
+FRONT = "minigpt4-front"
+
+_SYSTEMD = PurePosixPath("/etc/systemd/system")
+
+#: A folder that names all units of several processes; it is not there for one.
+PROCESSES = str(_SYSTEMD / f"{TARGET}.wants")
 
 #: Pictures that come with the application, below its folder, and the one that health asks about.
 PICTURES = "modeldemo/pictures"
@@ -62,25 +76,69 @@ def pack(folder: Path) -> Application:
 
 @dataclass(frozen=True)
 class Service:
-    """The demo's unit as systemd has it."""
+    """The demo's unit as systemd has it; where several processes serve, all of them as one."""
 
     active: str
-    """ActiveState: active, activating, inactive, failed …"""
+    """ActiveState: active, activating, inactive, failed …; of several, the first that is not
+    active."""
     enabled: bool
     needs_reload: bool
     revision_on_disk: str | None
     revision_running: str | None
-    """MODELDEMO_REVISION in the unit file and in the running process's environment."""
+    """MODELDEMO_REVISION in the unit file and in the running process's environment; of several,
+    the first that is not the one on the disk."""
     since: str = ""
     memory_bytes: int | None = None
+    """Of several processes, all they take."""
     changed_since: str = ""
     """A file of the deploy that changed after the process started, empty if none did."""
     health: str = ""
     """What /healthz answered on the host, empty if nothing did."""
+    name: str = UNIT
+    processes: tuple[Service, ...] = ()
+    """Each of several."""
+    leftover: tuple[str, ...] = ()
+    """Units that are there from another number of processes."""
 
 
 def parse(lines: Iterable[str]) -> Service:
-    """Read the DemoService fact's lines: key=value as `systemctl show` prints them."""
+    """Read the lines of DemoService or DemoProcesses: key=value as `systemctl show` prints them.
+
+    `unit=NAME` begins what is said of one of several processes, `unit=` what is said of all.
+    """
+    units: dict[str, list[str]] = {}
+    about = units.setdefault("", [])
+    for line in lines:
+        key, _, value = line.partition("=")
+        if key == "unit":
+            about = units.setdefault(value, [])
+        else:
+            about.append(line)
+    whole = units.pop("")
+    leftover = tuple(line.partition("=")[2] for line in whole if line.startswith("leftover="))
+    if not units:
+        return replace(_one(UNIT, whole), leftover=leftover)
+    processes = tuple(_one(name, said) for name, said in units.items())
+    ill = [one for one in processes if one.active != "active"]
+    old = [one for one in processes if one.revision_running != one.revision_on_disk]
+    memory = [one.memory_bytes for one in processes if one.memory_bytes is not None]
+    return Service(
+        active=(ill or processes)[0].active,
+        enabled="target=on" in whole and all(one.enabled for one in processes),
+        needs_reload=any(one.needs_reload for one in processes),
+        revision_on_disk=processes[0].revision_on_disk,
+        revision_running=(old or processes)[0].revision_running,
+        since=processes[0].since,
+        memory_bytes=sum(memory) if memory else None,
+        changed_since=next((one.changed_since for one in processes if one.changed_since), ""),
+        health=dict(line.split("=", 1) for line in whole if "=" in line).get("health", ""),
+        name=TEMPLATE,
+        processes=processes,
+        leftover=leftover,
+    )
+
+
+def _one(name: str, lines: Iterable[str]) -> Service:
     value = dict(line.split("=", 1) for line in lines if "=" in line)
     memory = value.get("MemoryCurrent", "")
     return Service(
@@ -93,18 +151,114 @@ def parse(lines: Iterable[str]) -> Service:
         memory_bytes=int(memory) if memory.isdigit() else None,
         changed_since=value.get("changed_since", ""),
         health=value.get("health", ""),
+        name=name,
     )
 
 
 def is_current(service: Service, revision: str) -> bool:
-    """Whether the process that runs is the one that was asked for."""
+    """Whether the process that runs is the one that was asked for, or all of several are."""
     return (
         service.active == "active"
         and service.enabled
         and not service.needs_reload
         and service.revision_running == revision
         and not service.changed_since
+        and not service.leftover
+        and all(is_current(one, revision) for one in service.processes)
     )
+
+
+def processes(settings: Settings, gpus: int) -> int:
+    """How many processes serve the model on a host with so many NVIDIA GPUs."""
+    if settings.runtime == "upstream":
+        if settings.demo.processes > 1:
+            raise FleetError(
+                f"demo.processes is {settings.demo.processes}: the upstream runtime runs one "
+                "process; set it to 1 or runtime to modern"
+            )
+        return 1
+    one_a_gpu = max(gpus, 1) if settings.accelerator == "cuda" else 1
+    return settings.demo.processes or one_a_gpu
+
+
+def instance(number: int) -> str:
+    """The unit of one of several processes."""
+    return TEMPLATE.replace("@", f"@{number}")
+
+
+def number_of(unit: str) -> int:
+    """Which of several processes a unit is."""
+    return int(unit.partition("@")[2].removesuffix(".service"))
+
+
+def own_address(front: Balancer, unit: str) -> str:
+    """address:port of one of several processes, also of one that the front no longer asks."""
+    address, _, first = front.backends[0].address.rpartition(":")
+    return join(address, int(first) + number_of(unit))
+
+
+def port(settings: Settings, number: int) -> int:
+    """The loopback port of one of several processes: they follow the demo's own."""
+    return settings.demo.port + 1 + number
+
+
+def front(settings: Settings, count: int) -> Balancer:
+    """The nginx that listens where the demo is asked, in front of `count` processes."""
+    backends = [Backend(join("127.0.0.1", port(settings, number))) for number in range(count)]
+    return Balancer(
+        name=FRONT,
+        title=f"Front of the model demo ({settings.model_id})",
+        listen=join(str(settings.demo.bind), settings.demo.port),
+        backends=tuple(backends),
+        user=settings.user,
+        wanted_by=TARGET,
+        part_of=TARGET,
+        local=True,
+    )
+
+
+def beside(settings: Settings, count: int, gpus: int) -> tuple[ManagedFile, ...]:
+    """What several processes have beside their unit: each one's port and GPU, and their target.
+
+    Where there are more processes than GPUs, they share them evenly.
+    """
+    target = render.text("demo.target.j2", model=settings.model_id)
+    files = [ManagedFile(str(_SYSTEMD / TARGET), target, validate="systemd-analyze verify {}")]
+    for number in range(count):
+        lines = [f"PORT={port(settings, number)}"]
+        if settings.accelerator == "cuda":
+            lines.append(f"CUDA_VISIBLE_DEVICES={number % max(gpus, 1)}")
+        path = settings.root / "processes" / f"{number}.env"
+        files.append(ManagedFile(str(path), "".join(f"{line}\n" for line in lines)))
+    return tuple(files)
+
+
+#: The files of several processes that one alone does not have, but for those of each process.
+SEVERAL = (str(_SYSTEMD / TEMPLATE), str(_SYSTEMD / TARGET), *paths(FRONT))
+
+
+def users(text: str, path: str) -> str:
+    """A file of USER:PASSWORD lines as hosts get it: without blank lines and comments.
+
+    Raises FleetError, which names file and line and never shows what the line says.
+    """
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        user, colon, word = line.partition(":")
+        if not (user and colon and word):
+            raise FleetError(f"demo.auth_file {path} line {number}: write USER:PASSWORD")
+        lines.append(f"{line}\n")
+    if not lines:
+        raise FleetError(f"demo.auth_file {path}: no user in it; write USER:PASSWORD lines")
+    return "".join(lines)
+
+
+def secret(settings: Settings) -> str:
+    """Where users and passwords are on a host, root's alone."""
+    return str(settings.root / "secrets" / "auth")
 
 
 def unit(
@@ -115,8 +269,9 @@ def unit(
     application: str,
     weights: str,
     config: Sequence[ManagedFile],
+    several: bool = False,
 ) -> tuple[ManagedFile, str]:
-    """The service's unit file and its revision.
+    """The service's unit file and its revision; `several` processes are instances of it.
 
     The arguments are the digests of what the service runs, the version of its weights and the
     files that configure it; a change of any of them, or of the unit itself, makes a new revision,
@@ -126,8 +281,10 @@ def unit(
     words = ["--cfg-path", config[-1].path]
     if len(config) == 2:
         words += ["--model-config", config[0].path]
-    words += ["--model-id", settings.model_id, "--host", str(settings.demo.bind)]
-    words += ["--port", str(settings.demo.port), "--device", settings.accelerator]
+    words += ["--model-id", settings.model_id]
+    if not several:
+        words += ["--host", str(settings.demo.bind), "--port", str(settings.demo.port)]
+    words += ["--device", settings.accelerator]
     words += ["--max-waiting", str(settings.demo.queue)]
     if settings.demo.threads:
         words += ["--threads", str(settings.demo.threads)]
@@ -151,11 +308,14 @@ def unit(
             memory_max=settings.demo.memory_max,
             cache="minigpt4-demo",
             accelerator=settings.accelerator,
-            loopback=settings.demo.bind.is_loopback,
+            loopback=several or settings.demo.bind.is_loopback,
+            several=several,
+            target=TARGET,
+            secret=secret(settings) if settings.demo.auth_file else None,
         )
 
     revision = digest(rendered(""), weights, digest(*(file.content for file in config)))
-    path = f"/etc/systemd/system/{UNIT}"
+    path = str(_SYSTEMD / (TEMPLATE if several else UNIT))
     text = rendered(revision)
     return ManagedFile(path, text, validate="systemd-analyze verify {}"), revision
 
@@ -193,8 +353,16 @@ def _words(text: str) -> list[str]:
     return text.casefold().rstrip(" .").split()
 
 
+def addresses(settings: Settings, count: int) -> list[str]:
+    """Where a host asks each of its processes, and what stands in front of several."""
+    if count == 1:
+        return [address(settings)]
+    own = [f"http://{join('127.0.0.1', port(settings, number))}" for number in range(count)]
+    return [*own, address(settings)]
+
+
 def address(settings: Settings) -> str:
     """Where the demo is asked on its own host: an unspecified bind address is asked at loopback."""
     bind = settings.demo.bind
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(bind), str(bind))
-    return f"http://{f'[{name}]' if ':' in name else name}:{settings.demo.port}"
+    return f"http://{join(name, settings.demo.port)}"

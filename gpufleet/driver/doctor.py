@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gpufleet.demo.plan import UNIT, Service
+from gpufleet.demo.plan import Service
 from gpufleet.driver import forecast
 from gpufleet.driver.forecast import BOTH, mend
 from gpufleet.driver.picture import GpuPicture
@@ -574,16 +574,17 @@ def _demo(service: Service | None, settings: Settings, apply: str) -> Iterable[F
         return
     if service.revision_on_disk is None and service.active == "inactive":
         text = "the demo is not installed"
-        yield Finding("no-demo", "error", text, f"no unit {UNIT}", apply)
+        yield Finding("no-demo", "error", text, f"no unit {service.name}", apply)
         return
     try:
         answer = json.loads(service.health)
     except ValueError:
         answer = None
     answer = answer if isinstance(answer, dict) else {}
-    logs = f"on the host: journalctl -u {UNIT} -n 50; then {apply}"
+    logs = f"on the host: journalctl -u {_journal(service)} -n 50; then {apply}"
     if service.active != "active":
-        evidence = f"{UNIT} is {service.active}"
+        down = [one for one in service.processes if one.active != "active"] or [service]
+        evidence = ", ".join(f"{one.name} is {one.active}" for one in down)
         yield Finding("demo-down", "error", "the demo does not run", evidence, logs)
     elif answer.get("status") != "ok":
         said = str(answer.get("error") or answer.get("status") or "no answer")
@@ -594,5 +595,10 @@ def _demo(service: Service | None, settings: Settings, apply: str) -> Iterable[F
         yield Finding("demo-old", "warning", text, evidence, apply)
     if not service.enabled:
         text = "the demo does not start at boot"
-        evidence = f"{UNIT} is not enabled"
+        evidence = f"{service.name} is not enabled"
         yield Finding("demo-not-enabled", "warning", text, evidence, apply)
+
+
+def _journal(service: Service) -> str:
+    """The unit whose journal says what the demo logged: a pattern where there are several."""
+    return f"'{service.name.replace('@', '@*')}'" if service.processes else service.name

@@ -27,6 +27,7 @@ from pyinfra.facts.server import Command
 from gpufleet import render
 from gpufleet.apt import APT, INSTALL
 from gpufleet.catalog import Drivers
+from gpufleet.demo.plan import PROCESSES
 from gpufleet.demo.plan import UNIT as DEMO
 from gpufleet.driver import files, heal, sources
 from gpufleet.driver.facts import GpuFacts
@@ -196,8 +197,8 @@ update-grub
 """
 
 # Units that keep the module in use, stopped before it is unloaded and started again after it.
-_SERVICES = f"{DEMO} nvidia-dcgm.service dcgm.service nvidia-persistenced.service \
-nvidia-fabricmanager.service"
+_SERVICES = f"""{DEMO} $(ls {PROCESSES} 2>/dev/null) nvidia-dcgm.service dcgm.service \
+nvidia-persistenced.service nvidia-fabricmanager.service"""
 
 # $1: `load` the module, `reload` it, or `unload` it for an installer; $2: the module's name, which
 # is not nvidia where Debian built it. A module that is in use stays loaded, and then everything

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gpufleet.catalog import Drivers, Model, WeightFile
-from gpufleet.demo.plan import UNIT
+from gpufleet.demo.plan import FRONT, UNIT
 from gpufleet.driver.heal import look
 from gpufleet.driver.picture import GpuPicture
 from gpufleet.driver.plan import Refusal
@@ -75,7 +75,7 @@ def parse(lines: Iterable[str]) -> HostPicture:
         gpus=tuple(text for key, text in pairs if key == "gpu"),
         driver=value.get("driver"),
         port_taken_by=value.get("port_taken"),
-        port_is_ours=UNIT in value.get("port_cgroup", ""),
+        port_is_ours=any(ours in value.get("port_cgroup", "") for ours in (UNIT, FRONT)),
         gpu_memory_mib=tuple(int(text) for key, text in pairs if key == "gpu_memory_mib"),
         weights=parse_weights(lines),
     )

@@ -23,11 +23,18 @@ class HostStatus:
     @property
     def answer(self) -> dict[str, Any]:
         """What /healthz said on the host, empty if nothing or no JSON."""
-        try:
-            answer = json.loads(self.service.health) if self.service else {}
-        except ValueError:
-            return {}
-        return answer if isinstance(answer, dict) else {}
+        return _read(self.service.health) if self.service else {}
+
+    @property
+    def processes(self) -> list[dict[str, Any]]:
+        """Each of several processes, flat, for JSON; empty where there is one."""
+        keys = ("name", "active", "revision_running", "since", "memory_bytes")
+        found = []
+        for one in self.service.processes if self.service else ():
+            said = _read(one.health)
+            health = {"health": str(said.get("status") or "no answer"), "error": said.get("error")}
+            found.append({**{key: getattr(one, key) for key in keys}, **health})
+        return found
 
     @property
     def model(self) -> str | None:
@@ -47,7 +54,10 @@ class HostStatus:
         if self.service is None:
             return "unreachable"
         if self.service.active != "active":
-            return f"unit is {self.service.active}"
+            down = [one.name for one in self.service.processes if one.active != "active"]
+            return f"{', '.join(down) or 'unit'} is {self.service.active}"
+        if ill := [one for one in self.processes if one["health"] != "ok"]:
+            return f"{ill[0]['name']}: {ill[0]['error'] or ill[0]['health']}"
         if self.health != "ok":
             return str(self.answer.get("error") or self.health)
         if self.service.revision_running != self.service.revision_on_disk:
@@ -69,7 +79,16 @@ class HostStatus:
             "health": self.health,
             "model": self.model,
             **{key: service.get(key) for key in (*keys, "memory_bytes")},
+            "processes": self.processes,
         }
+
+
+def _read(health: str) -> dict[str, Any]:
+    try:
+        answer = json.loads(health)
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
 
 
 def ask(path: Path, limit: Sequence[str] = ()) -> list[HostStatus]:

@@ -63,9 +63,9 @@ class PageAnswer(FactBase[Answer]):
     `Answer`."""
 
     def command(
-        self, address: str, picture: str | None, question: str, timeout: int
+        self, address: str, picture: str | None, question: str, timeout: int, users: str = ""
     ) -> StringCommand:
-        words = (address, picture or "", question, str(timeout))
+        words = (address, picture or "", question, str(timeout), users)
         return script('exec python3 -c "$@"', program("ask.py"), *words)
 
     @staticmethod

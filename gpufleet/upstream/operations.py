@@ -129,11 +129,18 @@ def answers(
     question: str,
     expected: str | None,
     timeout: int,
+    users: str = "",
 ) -> Generator[StringCommand]:
     """Ask upstream's page a question about a picture on the host; without one, see that it is
-    there. `expected` None takes any words: upstream draws lots for its answers."""
+    there. `expected` None takes any words: upstream draws lots for its answers. `users` is the file
+    on the host with USER:PASSWORD lines, where the page asks for one."""
     answer = host.get_fact(
-        PageAnswer, address=address, picture=picture, question=question, timeout=timeout
+        PageAnswer,
+        address=address,
+        picture=picture,
+        question=question,
+        timeout=timeout,
+        users=users,
     )
     if not answer.text:
         yield failing(

@@ -10,7 +10,7 @@ from shlex import quote
 
 from gpufleet import ROOT, catalog, render
 from gpufleet.catalog import MiniGPT4, Model, UpstreamVersion
-from gpufleet.demo.plan import UNIT, Answer, digest
+from gpufleet.demo.plan import UNIT, Answer, digest, secret
 from gpufleet.errors import FleetError
 from gpufleet.managed.plan import ManagedFile
 from gpufleet.settings import Settings
@@ -173,12 +173,13 @@ def unit(
         "--max-waiting": settings.demo.queue,
         "--model-id": settings.model_id,
     }
-    words = [str(home(root) / "launch.py")]
-    words += [word for name, value in own.items() for word in (name, str(value))]
-    words += ["--", "--cfg-path", config[0].path, "--gpu-id", "0"]
+    launcher = [str(home(root) / "launch.py")]
+    launcher += [word for name, value in own.items() for word in (name, str(value))]
+    words = ["--", "--cfg-path", config[0].path, "--gpu-id", "0"]
     if settings.upstream.options:
         words += ["--options", *(f"{k}={v}" for k, v in settings.upstream.options.items())]
     toolkit = settings.python_env.cuda_toolkit
+    allowed = secret(settings) if settings.demo.auth_file else None
 
     def rendered(revision: str) -> str:
         return render.text(
@@ -188,14 +189,15 @@ def unit(
             home=home(root),
             user=settings.user,
             python=root / "envs" / environment / "bin" / "python",
-            # % and $ are systemd's own: specifiers and variables
-            arguments=" ".join(quote(w).replace("%", "%%").replace("$", "$$") for w in words),
+            launcher=_words(launcher),
+            arguments=_words(words),
             revision=revision,
             start_timeout=settings.demo.start_timeout,
             memory_max=settings.demo.memory_max,
             cache="minigpt4-demo",
             accelerator=settings.accelerator,
             loopback=settings.demo.bind.is_loopback,
+            secret=allowed,
             cuda_libraries=f"/usr/local/cuda-{toolkit}/lib64" if toolkit else None,
         )
 
@@ -204,6 +206,11 @@ def unit(
     text = rendered(revision)
     path = f"/etc/systemd/system/{UNIT}"
     return ManagedFile(path, text, validate="systemd-analyze verify {}"), revision
+
+
+def _words(words: Iterable[str]) -> str:
+    # % and $ are systemd's own: specifiers and variables
+    return " ".join(quote(word).replace("%", "%%").replace("$", "$$") for word in words)
 
 
 @dataclass(frozen=True)

@@ -43,13 +43,20 @@ class WeightsOnHost(FactBase[Stored]):
             raise FactProcessError(f"unexpected output of the weights script: {error}") from error
 
 
-# $1 folder of the deploy, $2 unit.
+# $1 folder of the deploy, $2 unit, whose instances are what runs where there are several.
 _IN_USE = r"""
-unit=/etc/systemd/system/$2
-started=$(systemctl show --timestamp=us "$2" -p ExecMainStartTimestamp --value)
-[ "$(systemctl is-active "$2")" = active ] && [ -n "$started" ] &&
-  [ -z "$(find "$unit" "$1/config" -type f -newerct "$started" 2>/dev/null | head -n 1)" ] &&
-  echo current
+systemd=/etc/systemd/system unit=/etc/systemd/system/$2 running=$2 current=current
+if [ ! -e "$unit" ]; then
+  unit=$systemd/${2%.service}@.service
+  running=$(ls "$systemd/${2%.service}.target.wants" 2>/dev/null | grep @)
+fi
+for one in $running; do
+  started=$(systemctl show --timestamp=us "$one" -p ExecMainStartTimestamp --value)
+  [ "$(systemctl is-active "$one")" = active ] && [ -n "$started" ] &&
+    [ -z "$(find "$unit" "$1/config" -type f -newerct "$started" 2>/dev/null | head -n 1)" ] ||
+    current=
+done
+[ -z "$running" ] || [ -z "$current" ] || echo current
 cat "$unit" "$1"/config/*.yaml 2>/dev/null | grep -o "$1/weights/[A-Za-z0-9._-]*" | sort -u |
   sed 's|.*/|version\t|'
 :

@@ -22,21 +22,30 @@ import pytest
 
 from gpufleet import ROOT
 from gpufleet.catalog import Model
-from gpufleet.demo.facts import Applications, DemoAnswer, DemoService
+from gpufleet.demo.facts import Applications, DemoAnswer, DemoProcesses, DemoService
 from gpufleet.demo.plan import (
+    TEMPLATE,
     UNIT,
     Answer,
     Application,
     Service,
     address,
+    addresses,
+    beside,
     digest,
+    front,
+    instance,
     is_current,
     is_right,
+    own_address,
     pack,
     parse,
     parse_answer,
+    processes,
     unit,
+    users,
 )
+from gpufleet.errors import FleetError
 from gpufleet.managed.plan import ManagedFile
 from gpufleet.settings import Settings
 from gpufleet.settings import parse as parse_settings
@@ -138,7 +147,12 @@ Unit = Callable[..., tuple[ManagedFile, str]]
 def make(model: Model) -> Unit:
     """The unit and its revision for a host's inventory data."""
 
-    def make(inputs: dict[str, str] | None = None, examples: str | None = None, **data: Any):
+    def make(
+        inputs: dict[str, str] | None = None,
+        examples: str | None = None,
+        several: bool = False,
+        **data: Any,
+    ):
         entry = model.model_copy(update={"examples": examples})
         given = {**INPUTS, **(inputs or {})}
         one = settings(**data)
@@ -147,7 +161,7 @@ def make(model: Model) -> Unit:
             ManagedFile(str(folder / name), given["config"])
             for name in ("minigpt4.yaml", "minigpt4_eval.yaml")
         ]
-        return unit(one, entry, **{**given, "config": config})
+        return unit(one, entry, **{**given, "config": config}, several=several)
 
     return make
 
@@ -455,6 +469,165 @@ def test_the_demo_is_asked_where_it_can_be_reached_from_its_own_host(bind: str, 
     assert address(settings(demo={"bind": bind})) == asked
 
 
+class TestHowManyProcesses:
+    @pytest.mark.parametrize(
+        ("data", "gpus", "count"),
+        [
+            ({}, 0, 1),
+            ({"demo": {"processes": 3}}, 0, 3),
+            ({"accelerator": "cuda"}, 8, 8),
+            ({"accelerator": "cuda"}, 1, 1),
+            ({"accelerator": "cuda"}, 0, 1),  # preflight says what is wrong with that
+            ({"accelerator": "cuda", "demo": {"processes": 1}}, 8, 1),
+            ({"accelerator": "cuda", "runtime": "upstream"}, 8, 1),
+        ],
+        ids=str,
+    )
+    def test_are_one_a_gpu_and_one_on_cpu_unless_set(self, data, gpus: int, count: int):
+        assert processes(settings(**data), gpus) == count
+
+    def test_are_not_several_of_the_upstream_runtime(self):
+        with pytest.raises(FleetError, match="processes is 2: the upstream runtime runs one"):
+            processes(settings(runtime="upstream", demo={"processes": 2}), 0)
+
+
+class TestSeveralProcesses:
+    @pytest.fixture
+    def file(self, make: Unit) -> Callable[..., ManagedFile]:
+        return lambda **data: make(several=True, **data)[0]
+
+    def environment(self, count: int, gpus: int, **data: Any) -> list[dict[str, str]]:
+        found = [f for f in beside(settings(**data), count, gpus) if f.path.endswith(".env")]
+        assert [f.path for f in found] == [f"/opt/minigpt4/processes/{i}.env" for i in range(count)]
+        return [dict(line.split("=") for line in f.content.splitlines()) for f in found]
+
+    def test_share_the_gpus_evenly_and_have_ports_of_their_own(self):
+        found = self.environment(3, 2, accelerator="cuda")
+        assert [one["CUDA_VISIBLE_DEVICES"] for one in found] == ["0", "1", "0"]
+        assert [one["PORT"] for one in found] == ["7861", "7862", "7863"]
+
+    def test_see_no_gpu_named_on_cpu(self):
+        assert self.environment(2, 0, demo={"port": 9000}) == [{"PORT": "9001"}, {"PORT": "9002"}]
+
+    def test_are_instances_of_one_unit_that_only_this_host_reaches(self, file):
+        text = file(demo={"bind": "0.0.0.0"}).content
+        values = dict(directives(text)["[Service]"])
+        assert file().path == f"/etc/systemd/system/{TEMPLATE}"
+        assert values["EnvironmentFile"] == "/opt/minigpt4/processes/%i.env"
+        assert values["ExecStart"].endswith(" --host 127.0.0.1 --port ${PORT}")
+        assert values["ExecStart"].count("--port") == 1
+        assert values["IPAddressDeny"] == "any"
+        assert directives(text)["[Install]"] == [("WantedBy", "minigpt4-demo.target")]
+        assert ("PartOf", "minigpt4-demo.target") in directives(text)["[Unit]"]
+
+    def test_number_gpus_as_nvidia_smi_does(self, file):
+        words = [v for k, v in directives(file(accelerator="cuda").content)["[Service]"]]
+        assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in words
+
+    def test_are_asked_one_by_one_and_through_what_stands_before_them(self):
+        asked = addresses(settings(demo={"bind": "0.0.0.0"}), 2)
+        assert asked == [f"http://127.0.0.1:{port}" for port in (7861, 7862, 7860)]
+        assert addresses(settings(), 1) == ["http://127.0.0.1:7860"]
+
+    def test_have_the_demos_own_address_in_front_of_them(self):
+        balancer = front(settings(demo={"bind": "0.0.0.0", "port": 9000}), 2)
+        assert balancer.listen == "0.0.0.0:9000"
+        assert [one.address for one in balancer.backends] == ["127.0.0.1:9001", "127.0.0.1:9002"]
+        assert own_address(balancer, instance(5)) == "127.0.0.1:9006"
+
+    @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")
+    def test_are_good_to_systemd_itself(self, file, tmp_path: Path):
+        python = tmp_path / "envs" / INPUTS["environment"] / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.symlink_to("/bin/true")
+        data = {"root": str(tmp_path), "user": "daemon", "demo": {"auth_file": "x"}}
+        path = tmp_path / instance(0)
+        path.write_text(file(**data).content)
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", path],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        said = [line for line in done.stderr.splitlines() if "minigpt4-demo@" in line]
+        assert (done.returncode, said) == (0, [])
+
+
+def test_one_process_on_a_host_of_many_gpus_sees_the_first_alone(service: Directives):
+    words = [value for key, value in service(accelerator="cuda") if key == "Environment"]
+    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0" in words
+
+
+class TestUsersAndPasswords:
+    def test_are_named_by_their_place_and_never_said_in_the_unit(self, service: Directives):
+        values = dict(service(demo={"auth_file": "~/my-secret-file"}))
+        assert values["LoadCredential"] == "auth:/opt/minigpt4/secrets/auth"
+        assert values["ExecStart"].endswith(" --auth-file ${CREDENTIALS_DIRECTORY}/auth")
+        assert "my-secret-file" not in str(values)
+
+    def test_are_asked_of_nobody_unless_there_are_any(self, service: Directives):
+        values = dict(service())
+        assert "LoadCredential" not in values
+        assert "--auth-file" not in values["ExecStart"]
+
+    def test_travel_without_comments_and_blank_lines(self):
+        assert users("# who\n\n a:pass word \nb:x:y\n", "f") == "a:pass word\nb:x:y\n"
+
+    @pytest.mark.parametrize("line", ["hunter2", ":hunter2", "hunter2:"])
+    def test_that_cannot_be_read_are_refused_without_being_shown(self, line: str):
+        with pytest.raises(FleetError) as refused:
+            users(f"a:b\n{line}\n", "/home/me/users")
+        assert str(refused.value) == "demo.auth_file /home/me/users line 2: write USER:PASSWORD"
+
+    def test_are_refused_where_there_are_none(self):
+        with pytest.raises(FleetError, match="no user in it"):
+            users("# nobody yet\n", "users")
+
+
+def several(*, old: int | None = None, down: int | None = None, beside: str = "") -> Service:
+    """Two processes, one of which may be `old` or `down`, as the facts see them."""
+    lines = []
+    for number in range(2):
+        lines += [f"unit={instance(number)}", *SHOWN]
+        lines += ["revision_running=r0"] if number == old else []
+        lines += ["ActiveState=failed"] if number == down else []
+    return DemoProcesses().process([*lines, "unit=", "target=on", "health={}", beside])
+
+
+class TestSeveralAreOneService:
+    def test_that_is_current_when_each_is(self):
+        service = several()
+        assert is_current(service, "r1")
+        assert [one.name for one in service.processes] == [instance(0), instance(1)]
+        assert (service.active, service.enabled, service.health) == ("active", True, "{}")
+        assert service.memory_bytes == 2 * 734003200
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_that_is_down_when_one_is(self, number: int):
+        service = several(down=number)
+        assert service.active == "failed"
+        assert not is_current(service, "r1")
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_that_is_old_when_one_is(self, number: int):
+        service = several(old=number)
+        assert (service.revision_running, service.revision_on_disk) == ("r0", "r1")
+        assert not is_current(service, "r1")
+
+    def test_that_is_not_current_with_what_another_number_left(self):
+        service = several(beside=f"leftover={instance(2)}")
+        assert service.leftover == (instance(2),)
+        assert not is_current(service, "r1")
+
+    def test_that_does_not_start_at_boot_without_its_target(self):
+        lines = [f"unit={instance(0)}", *SHOWN, "unit="]
+        assert not DemoService().process(lines).enabled
+
+
+def test_one_process_is_not_current_while_several_are_left():
+    assert not is_current(parse([*SHOWN, "leftover=minigpt4-demo.target"]), "r1")
+
+
 def test_applications_are_listed_by_digest(tmp_path: Path, sh):
     root = tmp_path / "the root"
     for name in ("a1", "b2"):
@@ -477,6 +650,7 @@ class Demo(BaseHTTPRequestHandler):
     """Answers like the demo's API, with what it was asked."""
 
     def do_POST(self) -> None:
+        self.server.users.append(self.headers.get("Authorization"))
         self.server.asked.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
         body = json.dumps({"choices": [{"message": {"content": "Two."}}]}).encode()
         self.send_response(200)
@@ -492,7 +666,7 @@ class TestTheQuestionThatAHostAsksItself:
     @pytest.fixture
     def demo(self) -> Iterator[ThreadingHTTPServer]:
         server = ThreadingHTTPServer(("127.0.0.1", 0), Demo)
-        server.asked = []
+        server.asked, server.users = [], []
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -500,13 +674,14 @@ class TestTheQuestionThatAHostAsksItself:
         thread.join()
         server.server_close()
 
-    def ask(self, sh, port: int, picture: Path, question: str) -> Answer:
+    def ask(self, sh, port: int, picture: Path, question: str, users: str = "") -> Answer:
         command = DemoAnswer().command(
             address=f"http://127.0.0.1:{port}",
             model="pico",
             picture=str(picture),
             question=question,
             timeout=10,
+            users=users,
         )
         done = sh(command)
         assert (done.returncode, done.stderr) == (0, "")
@@ -536,6 +711,18 @@ class TestTheQuestionThatAHostAsksItself:
         prefix, _, data = url["image_url"]["url"].partition(",")
         assert prefix == "data:image/png;base64"
         assert base64.b64decode(data) == picture.read_bytes()
+
+    def test_is_asked_as_the_first_user_of_the_hosts_file(
+        self, sh, demo: ThreadingHTTPServer, tmp_path: Path
+    ):
+        (tmp_path / "x.png").write_bytes(b"x")
+        word = 'a:"quoted" \\ word $(id) `id`'
+        (tmp_path / "auth").write_text(f"me:{word}\nyou:other\n")
+        asked = self.ask(sh, demo.server_port, tmp_path / "x.png", "?", str(tmp_path / "auth"))
+        assert asked == Answer("Two.")
+        self.ask(sh, demo.server_port, tmp_path / "x.png", "?")
+        basic = "Basic " + base64.b64encode(f"me:{word}".encode()).decode()
+        assert demo.users == [basic, None]
 
     def test_gets_the_reason_when_nobody_listens(
         self, sh, demo: ThreadingHTTPServer, tmp_path: Path

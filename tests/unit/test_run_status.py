@@ -43,6 +43,24 @@ def test_everything_else_is_a_problem_with_a_name(changes, problem):
     assert status.problem == problem
 
 
+def test_each_of_several_processes_must_be_well():
+    ill = replace(WELL, name="minigpt4-demo@1.service", health='{"status": "loading"}')
+    one = replace(WELL, name="minigpt4-demo@0.service")
+    assert HostStatus("gpu1", replace(WELL, processes=(one, one))).healthy
+    status = HostStatus("gpu1", replace(WELL, processes=(one, ill)))
+    assert status.problem == "minigpt4-demo@1.service: loading"
+    down = replace(one, active="failed")
+    whole = replace(WELL, active="failed", processes=(one, down))
+    assert HostStatus("gpu1", whole).problem == "minigpt4-demo@0.service is failed"
+
+
+def test_each_of_several_processes_is_in_the_document():
+    one = replace(WELL, name="minigpt4-demo@0.service")
+    (said,) = HostStatus("gpu1", replace(WELL, processes=(one,))).as_dict()["processes"]
+    assert (said["name"], said["health"], said["error"]) == (one.name, "ok", None)
+    assert HostStatus("gpu1", WELL).as_dict()["processes"] == []
+
+
 def test_a_host_that_was_not_reached_has_no_service():
     status = HostStatus("gpu1", None, "gpu1: cannot connect as root@10.0.0.1:22: no answer in time")
     assert not status.healthy

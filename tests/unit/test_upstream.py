@@ -194,7 +194,7 @@ class TestItsUnit:
             "Environment=TORCH_HOME=/opt/minigpt4/upstream-home",
             "TRANSFORMERS_OFFLINE=1",
             "HF_HUB_OFFLINE=1",
-            "Environment=CUDA_VISIBLE_DEVICES=0",
+            "CUDA_VISIBLE_DEVICES=0",
             "WorkingDirectory=/opt/minigpt4/upstream-home",
             "IPAddressDeny=any",
             "ProtectSystem=strict",
@@ -206,7 +206,13 @@ class TestItsUnit:
             (catalog.ROOT / "templates" / name).read_text("utf-8").partition("# Hardening")[2]
             for name in ("upstream.service.j2", "demo.service.j2")
         )
-        assert ours == theirs
+        assert ours.partition("[Install]")[0] == theirs.partition("[Install]")[0] != ""
+
+    def test_gets_users_and_passwords_as_a_credential(self):
+        text, _ = self.made(demo={"auth_file": "/somewhere/users"})
+        assert "LoadCredential=auth:/opt/minigpt4/secrets/auth\n" in text
+        assert " --auth-file ${CREDENTIALS_DIRECTORY}/auth -- --cfg-path " in text
+        assert "auth" not in self.made()[0]
 
     def test_shows_bitsandbytes_the_toolkit_that_was_asked_for(self):
         text, _ = self.made(python_env={"cuda_toolkit": "11.3"})

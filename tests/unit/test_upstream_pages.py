@@ -1,5 +1,5 @@
 """The launcher on the gradio of each of upstream's environments, in a network with no way out: its
-page answers a question about a picture, asked as `health` asks it."""
+page answers who logs in a question about a picture, asked as `health` asks it."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ pytestmark = [
 PAGE = ("fastapi", "gradio", "gradio-client", "huggingface-hub", "numpy", "pydantic")
 
 # The launcher and who asks are in one network that has nothing but loopback. $1 python of the
-# environment, $2 folder of files/upstream, $3 checkout, $4 configuration, $5 picture.
+# environment, $2 folder of files/upstream, $3 checkout, $4 configuration, $5 picture, $6 accounts.
 INSIDE = r"""
 ip link set lo up
 "$1" "$2/launch.py" --checkout "$3" --server-name 127.0.0.1 --server-port 7860 --max-waiting 2 \
-  --model-id small -- --cfg-path "$4" --gpu-id 0 > "$3.log" 2>&1 &
+  --model-id small --auth-file "$6" -- --cfg-path "$4" --gpu-id 0 > "$3.log" 2>&1 &
 pid=$!
 until curl -s http://127.0.0.1:7860/healthz | grep -q '"ok"'; do
   kill -0 $pid || { cat "$3.log" >&2; exit 1; }
   sleep 0.5
 done
 curl -s -o /dev/null -w '%{http_code}\n' http://127.0.0.1:7860/
-python3 "$2/ask.py" http://127.0.0.1:7860 "$5" "How large is it?" 60
+python3 "$2/ask.py" http://127.0.0.1:7860 "$5" "How large is it?" 60 "$6"
 kill $pid
 """
 
@@ -58,7 +58,10 @@ def test_the_page_answers_without_a_network(name: str, tmp_path: Path):
     home = tmp_path / "home"
     config = upstream_double.surroundings(home, tmp_path / "weights")
     picture = ROOT / "files" / "weights" / "pico" / "health.png"
-    words = (python, ROOT / "files" / "upstream", tmp_path / "checkout", config, picture)
+    accounts = tmp_path / "accounts"
+    accounts.write_text("ann:a secret: word\n")
+    files = ROOT / "files" / "upstream"
+    words = (python, files, tmp_path / "checkout", config, picture, accounts)
     done = subprocess.run(
         ["unshare", "--net", "sh", "-c", INSIDE, "sh", *map(str, words)],
         cwd=home,
