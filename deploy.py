@@ -15,6 +15,7 @@ from tasks.kernel import kernel
 from tasks.mirrors import mirrors
 from tasks.preflight import preflight
 from tasks.python_env import python_env
+from tasks.upstream import upstream
 from tasks.weights import weights
 
 # First, and always: all findings of all hosts, before any host changes.
@@ -39,6 +40,8 @@ if selected("weights"):
     weights()
 if selected("config"):
     config()
+if selected("upstream"):
+    upstream()
 
 # The service starts only on a host where everything before it went well.
 if selected("demo"):

@@ -770,3 +770,36 @@ def environments() -> ReadyEnvironments:
             "correct the catalogue entry"
         )
     return found
+
+
+class UpstreamVersion(_Entry):
+    """A state of Vision-CAIR's code, what its YAML file calls the model, and where it runs."""
+
+    title: str
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    arch: str
+    model_type: str
+    environment: str
+    evidence: Evidence
+
+
+class Upstream(_Entry):
+    """catalog/upstream.yaml."""
+
+    schema_version: Annotated[Literal[1], Field(alias="schema")]
+    repository: Annotated[str, Field(pattern=r"^https://\S+\.git$")]
+    versions: Mapping[Annotated[str, Field(pattern=r"^20[0-9]{2}-[01][0-9]$")], UpstreamVersion]
+
+
+@cache
+def upstream() -> Upstream:
+    """The states of upstream's code. Raises FleetError for an invalid catalogue."""
+    found = _load(Upstream, CATALOG / "upstream.yaml")
+    known = environments().environments
+    for name, row in found.versions.items():
+        if row.environment not in known:
+            raise FleetError(
+                f"{CATALOG / 'upstream.yaml'}: versions.{name}: no environment "
+                f"{row.environment} in environments.yaml; correct the catalogue entry"
+            )
+    return found

@@ -238,6 +238,39 @@ class Demo(_Model):
     """Seconds that loading the model may take."""
 
 
+class Upstream(_Model):
+    version: Annotated[str, Field(pattern=r"^20[0-9]{2}-[01][0-9]$")] = "2023-05"
+    """Which state of Vision-CAIR's code runtime `upstream` runs: one of catalog/upstream.yaml."""
+
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """Another commit than the version's, such as one of a fork that `git` or `source` has."""
+
+    git: (
+        Annotated[
+            str,
+            Field(pattern=r"^(https?|ssh|git|file)://([A-Za-z0-9._-]+@)?[A-Za-z0-9._~/:%+-]+$"),
+        ]
+        | None
+    ) = None
+    """The address of a git mirror that hosts fetch the code from. Unset: GitHub, by way of
+    mirrors.git_proxy."""
+
+    source: str | None = None
+    """A copy of the code on the operator's machine, brought to hosts over SSH: the folder of a git
+    repository, a git bundle or a .tar.gz. Unset: each host fetches for itself."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Of the .tar.gz. Unset: learnt at first sight, and compared from then on."""
+
+    environment: str | None = None
+    """Another environment than the version's: of catalog/environments.yaml, or the path of an
+    environment.yml."""
+
+    options: Mapping[Annotated[str, Field(pattern=r"^[a-z_][A-Za-z0-9_.]*$")], str] = {}
+    """More values for its configuration, as demo.py's --options takes them, such as
+    {"run.seed": "7"}."""
+
+
 class Health(_Model):
     timeout: Annotated[int, Field(ge=1, le=3600)] = 120
     """Seconds that the demo has to answer the catalogue's question."""
@@ -284,6 +317,7 @@ class Settings(_Model):
     python_env: PythonEnv = PythonEnv()
     weights: Weights = Weights()
     demo: Demo = Demo()
+    upstream: Upstream = Upstream()
     health: Health = Health()
     gateway: Gateway = Gateway()
 

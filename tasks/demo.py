@@ -19,8 +19,11 @@ from gpufleet.managed import operations as managed
 from gpufleet.python_env import operations as environments
 from gpufleet.python_env.conda import digests
 from gpufleet.settings import Settings
+from gpufleet.upstream import operations as checkouts
+from gpufleet.upstream import plan as upstream
 from gpufleet.weights.plan import folder, version
 from tasks import current, gpus, weight_files
+from tasks.upstream import head
 
 
 @deploy("demo")
@@ -33,15 +36,21 @@ def demo() -> None:
     try:
         kept = digests(settings)
         count = processes(settings, gpus(settings))
-        file, revision = unit(
-            settings,
-            model,
-            environment=kept[0],
-            application=app.digest,
-            weights=weights,
-            config=files(settings, model, folder(root, weights)),
-            several=count > 1,
-        )
+        config = files(settings, model, folder(root, weights))
+        if settings.runtime == "upstream":
+            file, revision = upstream.unit(
+                settings, environment=kept[0], head=head(settings), weights=weights, config=config
+            )
+        else:
+            file, revision = unit(
+                settings,
+                model,
+                environment=kept[0],
+                application=app.digest,
+                weights=weights,
+                config=config,
+                several=count > 1,
+            )
         allowed = _users(settings)
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
@@ -74,6 +83,10 @@ def demo() -> None:
             name="Run nginx before them", balancer=balancer, configuration=digest(before)
         )
     # Only now: until the restart, the service ran on them.
+    if settings.runtime == "upstream":
+        checkouts.prune(
+            name="Remove older checkouts", root=root, keep=upstream.code(settings).commit
+        )
     operations.prune(name="Remove older applications", root=root, keep=app.digest)
     environments.prune(name="Remove older environments", root=root, keep=kept)
 

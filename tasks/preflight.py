@@ -19,7 +19,12 @@ from gpufleet.kernel.facts import KernelFacts
 from gpufleet.mirrors.choice import check as check_mirrors
 from gpufleet.preflight.facts import Preflight
 from gpufleet.preflight.local import missing_programs
-from gpufleet.preflight.plan import driver_findings, findings
+from gpufleet.preflight.plan import (
+    driver_findings,
+    findings,
+    part_findings,
+    torch_findings,
+)
 from gpufleet.python_env.conda import check_installer, pair_findings, recipes
 from gpufleet.python_env.plan import PYTHON, lock_for
 from gpufleet.run.events import emit
@@ -27,8 +32,10 @@ from gpufleet.run.only import alone, selected
 from gpufleet.run.override import settled
 from gpufleet.seen import fresh
 from gpufleet.settings import Settings, parse
+from gpufleet.upstream import plan as upstream
 from gpufleet.weights.local import check_source
 from gpufleet.weights.local import files as weight_files
+from tasks.upstream import head
 
 # One report a run: pyinfra loads the deploy once a host, and the first host that comes here asks
 # all of them, so that the report is whole before the first host may go on.
@@ -60,12 +67,20 @@ def _check(one: Host) -> list[str]:
         noted(error)
     if selected("demo") and not model.served:
         noted(FleetError(catalog.NOT_SERVED.format(title=model.title)))
+    found += upstream.findings(settings, model)
+    found += torch_findings(settings.accelerator, made)
+    if settings.runtime == "upstream" and selected("upstream"):
+        try:
+            head(settings)
+        except FleetError as error:
+            noted(error)
     files: tuple[WeightFile, ...] = ()
     try:
         wrong = check_source(settings, model)
         found += wrong
         if not wrong and selected("weights"):
             files = weight_files(settings, model)
+            found += part_findings(settings.model_id, model, files)
     except FleetError as error:
         noted(error)
     if not one.connected:  # its settings are checked all the same; the connection is reported

@@ -56,6 +56,7 @@ FOLDERS = {
         "tests/lab/test_hosts_push.py",
         "tests/lab/test_hosts_swarm.py",
         "tests/lab/test_hosts_ubuntu.py",
+        "tests/unit/test_upstream_pages.py",
         "tests/vm/test_kernel_story.py",
     ),
 }

@@ -11,16 +11,20 @@ from gpufleet.catalog import MiniGPT4, Model
 from gpufleet.errors import FleetError
 from gpufleet.managed.plan import ManagedFile
 from gpufleet.settings import Settings
+from gpufleet.upstream.plan import files as upstream_files
 
 
 def files(settings: Settings, model: Model, weights: PurePosixPath) -> tuple[ManagedFile, ...]:
     """What the demo reads on this host, rendered and parsed back.
 
     MiniGPT-4 has upstream's two files, minigpt4.yaml and minigpt4_eval.yaml; the others have one,
-    demo.yaml. `weights` is the folder on the host that the model's files are in.
+    demo.yaml, and upstream's own code upstream.yaml. `weights` is the folder on the host that the
+    model's files are in.
 
     Raises FleetError if a value did not survive the template, or the model is not served.
     """
+    if settings.runtime == "upstream":
+        return upstream_files(settings, model, weights)
     parts = model.parts
     asked = settings.demo.precision
     precision = parts.precision if asked == "auto" else asked

@@ -21,7 +21,8 @@ show() {  # $1 unit, $2 its file, $3 where /healthz is asked, or empty, then fil
   started=$(systemctl show --timestamp=us "$unit" -p ExecMainStartTimestamp --value)
   if [ -n "$started" ] && [ $# -gt 0 ]; then
     printf 'changed_since='
-    find -L "$f" "$@" -type f -newerct "$started" 2>/dev/null | head -n 1
+    find -L "$f" "$@" -name .git -prune -o -type f -newerct "$started" -print 2>/dev/null |
+      head -n 1
     echo
   fi
   [ -r "$f" ] && sed -n 's/^Environment=MODELDEMO_REVISION=/revision_on_disk=/p' "$f"
@@ -55,7 +56,8 @@ if [ ! -e "$systemd/$1" ] && [ -e "$systemd/$name.target" ]; then
   if [ -n "$2" ]; then printf 'health='; curl -s -m 5 "$2/healthz" | tr '\n' ' '; echo; fi
   exit 0
 fi
-show "$1" "$systemd/$1" "$2" ${3:+"$3/config" "$3/secrets" "$3/app"} ${3:+${4:+"$4"}}
+show "$1" "$systemd/$1" "$2" ${3:+"$3/config" "$3/secrets" "$3/app" "$3/upstream"} \
+  ${3:+${4:+"$4"}}
 [ ! -e "$systemd/$name.target" ] || echo "leftover=$name.target"
 """
 )

@@ -26,8 +26,12 @@ say disk_used_kib "$([ -d "$1" ] && du -skx "$1" | cut -f1 || echo 0)"
 """
     + NVIDIA_GPUS
     + r"""
-command -v nvidia-smi >/dev/null && say driver \
-  "$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)"
+if command -v nvidia-smi >/dev/null; then
+  smi=$(nvidia-smi --query-gpu=driver_version,memory.total --format=csv,noheader,nounits \
+    2>/dev/null)
+  say driver "$(printf '%s\n' "$smi" | sed -n 's/^\([0-9][0-9.]*\),.*/\1/p' | head -n 1)"
+  printf '%s\n' "$smi" | sed -n 's/^[0-9.]*, *\([0-9][0-9]*\)$/gpu_memory_mib\t\1/p'
+fi
 # 0A is LISTEN (include/net/tcp_states.h)
 hex=$(printf '%04X' "$2"); n=$(cat /proc/net/tcp /proc/net/tcp6 2>/dev/null |
   awk -v p=":$hex" '$4 == "0A" && substr($2, length($2)-4) == p {print $10}' | head -n 1)

@@ -11,6 +11,7 @@ from gpufleet.driver.heal import look
 from gpufleet.driver.picture import GpuPicture
 from gpufleet.driver.plan import Refusal
 from gpufleet.kernel.picture import KernelPicture
+from gpufleet.python_env.conda import Recipe
 from gpufleet.settings import Settings
 from gpufleet.weights.plan import Stored, no_room
 from gpufleet.weights.plan import parse as parse_weights
@@ -47,6 +48,8 @@ class HostPicture:
     """Version that nvidia-smi answers, empty if it does not answer, None without nvidia-smi."""
     port_taken_by: str | None
     port_is_ours: bool
+    gpu_memory_mib: tuple[int, ...] = ()
+    """Of every GPU that nvidia-smi lists."""
     weights: Stored = field(default_factory=Stored)
 
 
@@ -73,8 +76,79 @@ def parse(lines: Iterable[str]) -> HostPicture:
         driver=value.get("driver"),
         port_taken_by=value.get("port_taken"),
         port_is_ours=any(ours in value.get("port_cgroup", "") for ours in (UNIT, FRONT)),
+        gpu_memory_mib=tuple(int(text) for key, text in pairs if key == "gpu_memory_mib"),
         weights=parse_weights(lines),
     )
+
+
+#: GPU memory beside that of fp16, for all of a model: weights, what it computes with, and parts
+#: that stay fp16. 7B in 8 bit is known to fit 12 GB, 13B 23 GB.
+_OF_FP16 = {"fp32": 1.9, "fp16": 1.0, "bf16": 1.0, "8bit": 0.6, "4bit": 0.4}
+
+
+def precision_findings(
+    settings: Settings, name: str, model: Model, memory_mib: Iterable[int]
+) -> list[str]:
+    """What speaks against the precision on this accelerator and GPUs of this size, where known."""
+    if not model.served:
+        return []
+    usual = model.parts.precision
+    asked = settings.demo.precision
+    chosen = usual if asked == "auto" else asked
+    if settings.accelerator == "cpu":
+        if chosen in ("8bit", "4bit"):
+            return [
+                f"model {name} in {chosen} needs a GPU: set demo.precision to fp32, or accelerator "
+                "to cuda"
+            ]
+        return []
+    usual, chosen = ("fp16" if one == "auto" else one for one in (usual, chosen))
+    least = min(memory_mib, default=None)
+    needs = {
+        each: round(model.needs.gpu_memory_mib * share / _OF_FP16[usual], -2)
+        for each, share in _OF_FP16.items()
+    }
+    if least is None or least >= needs[chosen]:
+        return []
+    fits = next((each for each in ("8bit", "4bit") if needs[each] <= least), None)
+    smaller = f"set demo.precision to {fits} ({needs[fits]:.0f}), or " if fits else ""
+    return [
+        f"GPU memory of {least} MiB, model {name} in {chosen} needs {needs[chosen]:.0f}: {smaller}"
+        "use a larger GPU or a smaller model"
+    ]
+
+
+def part_findings(name: str, model: Model, files: Iterable[WeightFile]) -> list[str]:
+    """The parts that the model names and none of its weight sets brings: a line each."""
+    paths = {file.path for file in files}
+    if not paths or not model.served:
+        return []
+    parts = model.parts
+    named: dict[str, str | None] = {}
+    for field_name in ("vit_file", "qformer_file", "llama_dir", "projection_file", "folder"):
+        named[field_name] = getattr(parts, field_name, None)
+    named["examples"], named["health.picture"] = model.examples, model.question.picture
+    return [
+        f"model {name} has {what} {place}, and none of its weight sets brings that: correct the "
+        "model's file, where no placeholder may stay"
+        for what, place in named.items()
+        if place is not None
+        and place not in paths
+        and not any(path.startswith(f"{place}/") for path in paths)
+    ]
+
+
+def torch_findings(accelerator: str, made: Iterable[Recipe]) -> list[str]:
+    """Environments whose torch cannot use the GPU that the host is for."""
+    if accelerator != "cuda":
+        return []
+    return [
+        f"environment {one.name} has {line}, which is torch without CUDA, and accelerator is cuda: "
+        "name a build for CUDA, such as torch==2.0.0+cu118"
+        for one in made
+        for line in one.pip
+        if line.startswith("torch==") and line.endswith("+cpu")
+    ]
 
 
 def driver_findings(
@@ -146,7 +220,7 @@ def findings(
             "stop it or set demo.port"
         )
     found.extend(_accelerator(settings, name, model, picture, environment, driver))
-    return found
+    return found + precision_findings(settings, name, model, picture.gpu_memory_mib)
 
 
 def _accelerator(

@@ -19,6 +19,7 @@ from gpufleet.managed.plan import ManagedFile
 from gpufleet.mirrors.choice import Choice
 from gpufleet.python_env.plan import Lock, lock_for
 from gpufleet.settings import PythonEnv, Settings
+from gpufleet.upstream.plan import code
 
 #: The environment that the demo application runs on.
 DEMO = "modern"
@@ -132,15 +133,18 @@ def recipe(name: str, accelerator: str) -> Recipe:
 
 def recipes(settings: Settings) -> tuple[Recipe, ...]:
     """The environments that conda makes on a host: the demo's, then the one that is asked for."""
-    chosen = settings.python_env
+    chosen, demo = settings.python_env, DEMO
+    if settings.runtime == "upstream":
+        demo = code(settings).environment
+    # The demo's own comes first; the application's is not made for upstream's code alone.
+    names = dict.fromkeys([demo, *({chosen.environment} - {DEMO})])
     if chosen.manager == "uv":
-        if chosen.environment != DEMO:
+        if others := [name for name in names if name != DEMO]:
             raise FleetError(
-                f"setting python_env.environment: {chosen.environment} needs conda: set "
-                "python_env.manager to miniconda or miniforge"
+                f"environment {others[0]} needs conda: set python_env.manager to miniconda or "
+                "miniforge"
             )
         return ()
-    names = dict.fromkeys([DEMO, chosen.environment])
     return tuple(recipe(name, settings.accelerator) for name in names)
 
 

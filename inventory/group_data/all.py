@@ -160,6 +160,26 @@ demo = {
     "start_timeout": 900,
 }
 
+upstream = {
+    # Which state of Vision-CAIR's code runtime `upstream` runs: one of catalog/upstream.yaml.
+    "version": "2023-05",
+    # Another commit than the version's, such as one of a fork that `git` or `source` has.
+    "commit": None,
+    # The address of a git mirror that hosts fetch the code from. None: GitHub, by way of
+    # mirrors.git_proxy.
+    "git": None,
+    # A copy of the code on this machine, brought to hosts over SSH: the folder of a git
+    # repository, a git bundle or a .tar.gz. None: each host fetches for itself.
+    "source": None,
+    # The sha256 of the .tar.gz. None: learnt at first sight, and compared from then on.
+    "sha256": None,
+    # Another environment than the version's: of catalog/environments.yaml, or the path of an
+    # environment.yml on this machine.
+    "environment": None,
+    # More values for its configuration, as demo.py's --options takes them: {"run.seed": "7"}.
+    "options": {},
+}
+
 health = {
     # Seconds that the demo has to answer the catalogue's question.
     "timeout": 120,

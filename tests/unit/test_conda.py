@@ -28,7 +28,7 @@ def settings(**python_env: Any) -> Settings:
 
 class TestTheCatalogue:
     def test_has_the_environments_that_people_made_by_hand(self):
-        assert NAMES == ["modern", "upstream-2023", "torch2", "starchat"]
+        assert NAMES == ["modern", "upstream-2023", "upstream-2024", "torch2", "starchat"]
         old = conda.recipe("upstream-2023", "cpu")
         assert old.python == "3.9"
         assert {"torch==1.12.1+cu113", "transformers==4.28.0"} <= set(old.pip)

@@ -17,7 +17,8 @@ from pyinfra.api.exceptions import DeployError
 from pyinfra.api.state import StateStage
 from pyinfra.context import ctx_host, ctx_inventory, ctx_state
 
-from gpufleet.catalog import Model, WeightFile, drivers
+from gpufleet.catalog import Model, WeightFile, drivers, weight_set
+from gpufleet.catalog import model as catalog_model
 from gpufleet.demo.plan import UNIT
 from gpufleet.driver.picture import GpuPicture
 from gpufleet.preflight.facts import Preflight
@@ -29,7 +30,11 @@ from gpufleet.preflight.plan import (
     driver_findings,
     findings,
     parse,
+    part_findings,
+    precision_findings,
+    torch_findings,
 )
+from gpufleet.python_env.conda import Recipe
 from gpufleet.settings import Settings
 from gpufleet.settings import parse as parse_settings
 from gpufleet.weights.plan import Stored
@@ -102,6 +107,8 @@ def test_graphics_cards_driver_and_port_are_read():
             "gpu\t0x20b5",
             "gpu\t0x20b5",
             "driver\t570.86.15",
+            "gpu_memory_mib\t15360",
+            "gpu_memory_mib\t81920",
             "port_taken\tunknown",
             "port_taken\tpython (pid 7)",
             f"port_cgroup\t0::/system.slice/{UNIT} ",
@@ -109,6 +116,7 @@ def test_graphics_cards_driver_and_port_are_read():
     )
     assert picture.gpus == ("0x20b5", "0x20b5")
     assert picture.driver == "570.86.15"
+    assert picture.gpu_memory_mib == (15360, 81920)
     assert picture.port_taken_by == "python (pid 7)"
     assert picture.port_is_ours
 
@@ -398,3 +406,65 @@ def test_a_host_whose_shell_fails_is_named_and_does_not_hide_the_others(settings
     message = str(error.value)
     assert "@fake/a: " in message
     assert "@fake/b: port 7860 is in use by x" in message
+
+
+class TestTheMemoryOfTheGpus:
+    @staticmethod
+    def of(name: str, *memory: int, **data: Any) -> list[str]:
+        settings = parse_settings({"accelerator": "cuda", "model": name, **data}, "host")
+        return precision_findings(settings, name, catalog_model(name), memory)
+
+    def test_that_holds_the_model_is_enough(self):
+        assert self.of("minigpt4-vicuna-7b", 24564) == []
+        assert self.of("minigpt4-vicuna-7b", 12288, demo={"precision": "8bit"}) == []
+        assert self.of("pico", 4096) == []
+
+    def test_that_does_not_says_which_precision_would_fit_it(self):
+        (line,) = self.of("minigpt4-vicuna-7b", 15360)
+        assert line.startswith("GPU memory of 15360 MiB, model minigpt4-vicuna-7b in fp16 needs ")
+        assert "set demo.precision to 8bit (12000), or use a larger GPU" in line
+        assert "set demo.precision to 4bit" in self.of("minigpt4-vicuna-13b", 15360)[0]
+
+    def test_that_holds_it_in_no_precision_says_so(self):
+        (line,) = self.of("minigpt4-vicuna-13b", 8192, demo={"precision": "8bit"})
+        assert line.endswith(": use a larger GPU or a smaller model")
+
+    def test_of_the_smallest_counts_as_each_gets_a_process(self):
+        assert self.of("minigpt4-vicuna-7b", 81920, 15360) != []
+
+    def test_that_is_not_known_yet_is_no_finding(self):
+        assert self.of("minigpt4-vicuna-13b") == []
+
+    def test_is_needed_for_8_bit(self):
+        (line,) = self.of("pico", accelerator="cpu", demo={"precision": "8bit"})
+        assert line.startswith("model pico in 8bit needs a GPU: set demo.precision to fp32")
+
+
+class TestThePartsOfAModel:
+    @pytest.fixture
+    def files(self, model: Model) -> list[WeightFile]:
+        (name,) = model.weights
+        return [WeightFile(**file.model_dump(exclude={"md5"})) for file in weight_set(name).files]
+
+    def test_that_its_sets_bring_are_no_finding(self, model: Model, files: list[WeightFile]):
+        assert part_findings("small", model, files) == []
+
+    def test_that_no_set_brings_are_named_one_by_one(
+        self, model_data: dict[str, Any], files: list[WeightFile]
+    ):
+        wrong = {"llama_dir": "path/to/vicuna/weights", "vit_file": "other.pth"}
+        data = {**model_data, "minigpt4": {**model_data["minigpt4"], **wrong}}
+        lines = part_findings("small", Model.model_validate(data), files)
+        assert len(lines) == 2
+        assert lines[0].startswith("model small has vit_file other.pth, and none of its weight ")
+        assert "llama_dir path/to/vicuna/weights" in lines[1]
+
+
+def test_torch_without_cuda_is_a_finding_where_there_shall_be_a_gpu():
+    def made(*pip: str) -> Recipe:
+        return Recipe("own", "3.10", ("conda-forge",), ("pip",), pip)
+
+    (line,) = torch_findings("cuda", [made("torch==2.0.0+cpu", "numpy==1.26.4")])
+    assert line.startswith("environment own has torch==2.0.0+cpu, which is torch without CUDA")
+    assert torch_findings("cpu", [made("torch==2.0.0+cpu")]) == []
+    assert torch_findings("cuda", [made("torch==2.0.0+cu118")]) == []
