@@ -166,9 +166,9 @@ class Applications(FactBase[dict[str, str]]):
         return dict(line.split("\t", 1) for line in output)
 
 
-# $1 address, $2 picture or nothing, $3 seconds, $4 request with the picture left out, $5 file of USER:PASSWORD
-# lines, or empty. The picture goes from the disk into the request without a command line's limit,
-# and the first user's password from the file without any command line.
+# $1 address, $2 picture or nothing, $3 seconds, $4 request with the picture left out, $5 file of
+# USER:PASSWORD lines, or empty. The picture goes from the disk into the request without a command
+# line's limit, and the first user's password from the file without any command line.
 _ASK = r"""
 user=
 [ -z "$5" ] || user=$(sed -n '/^[^#]/ {s/[\\"]/\\&/g; s/.*/user = "&"/p; q;}' "$5")
