@@ -8,11 +8,13 @@ import tiny_systems
 import torch
 from modeldemo import config, systems
 from modeldemo.engine import BadRequest, Conversation, ModelDemoError, OutOfMemory, Sampling, Turn
+from modeldemo.pretrained import read_config
 from modeldemo.starchat.engine import StarChatEngine
 from modeldemo.starchat.tokenizer import Text
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.nn.functional import gelu, layer_norm, linear
+from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 QUESTION = Conversation((Turn("user", "Sort a list"),))
 GREEDY = Sampling(temperature=0, max_new_tokens=12, repetition_penalty=1.0)
@@ -514,9 +516,6 @@ def test_the_published_configuration_is_read(tmp_path):
         "validate_runner_input": True,
         "vocab_size": 49156,
     }
-    from modeldemo.pretrained import read_config
-    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
-
     (tmp_path / "config.json").write_text(json.dumps(published))
     with torch.device("meta"):
         model = GPTBigCodeForCausalLM(read_config(tmp_path, GPTBigCodeConfig))
