@@ -24,6 +24,12 @@ LABELS = "a photo of a cat\nA  red Square, it's 7!\nhéllo 世界"
 class Part(nn.Module):
     """A module of the archive; what it computes is not asked."""
 
+    sides: list[int]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sides = [1, 2]  # TorchScript marks a list with its type
+
     def forward(self, x: Tensor) -> Tensor:
         return x
 

@@ -8,11 +8,13 @@ import tiny_systems
 import torch
 from modeldemo import config, systems
 from modeldemo.engine import BadRequest, Conversation, ModelDemoError, OutOfMemory, Sampling, Turn
+from modeldemo.pretrained import read_config
 from modeldemo.starchat.engine import StarChatEngine
 from modeldemo.starchat.tokenizer import Text
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.nn.functional import gelu, layer_norm, linear
+from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 QUESTION = Conversation((Turn("user", "Sort a list"),))
 GREEDY = Sampling(temperature=0, max_new_tokens=12, repetition_penalty=1.0)
@@ -133,7 +135,7 @@ def test_no_text_becomes_a_special_token(engine, special):
     expected = [part for role in expected for part in (role, "<|end|>")] + ["<|assistant|>"]
     assert [by_id[i] for i in ids if i in by_id] == expected
     # What was typed is all there, as letters.
-    spelt = b"".join(tokenizer.bytes(i) for i in ids)
+    spelt = b"".join(tokenizer.spell(i) for i in ids)
     assert spelt.decode() == "\n".join(["", injected] * 4) + "\n"
 
 
@@ -246,7 +248,7 @@ def test_characters_of_several_tokens_come_whole(engine):
         i
         for c in said.encode()
         for i in engine._tokenizer._bytes
-        if engine._tokenizer.bytes(i) == bytes([c])
+        if engine._tokenizer.spell(i) == bytes([c])
     ]
     hook = say(engine, *spelt, engine._tokenizer._special["<|end|>"])
     try:
@@ -258,7 +260,7 @@ def test_characters_of_several_tokens_come_whole(engine):
 
 
 def test_a_character_that_the_last_token_cuts_is_not_shown(engine):
-    half = [i for i in engine._tokenizer._bytes if engine._tokenizer.bytes(i) == b"\xe4"]
+    half = [i for i in engine._tokenizer._bytes if engine._tokenizer.spell(i) == b"\xe4"]
     hook = say(engine, *engine._tokenizer.encode("x"), *half)
     try:
         pieces = list(engine.stream(QUESTION, Sampling(0, max_new_tokens=2, repetition_penalty=1)))
@@ -514,9 +516,6 @@ def test_the_published_configuration_is_read(tmp_path):
         "validate_runner_input": True,
         "vocab_size": 49156,
     }
-    from modeldemo.pretrained import read_config
-    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
-
     (tmp_path / "config.json").write_text(json.dumps(published))
     with torch.device("meta"):
         model = GPTBigCodeForCausalLM(read_config(tmp_path, GPTBigCodeConfig))

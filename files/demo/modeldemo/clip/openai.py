@@ -82,6 +82,8 @@ class _Reader(pickle.Unpickler):
             return _DTYPES[name]
         if (module, name) == ("collections", "OrderedDict"):
             return dict
+        if module == "torch.jit._pickle":  # marks lists with the type of what they hold
+            return _unmarked
         raise pickle.UnpicklingError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Tensor:
@@ -96,6 +98,10 @@ def _tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Tensor:
     return storage.as_strided(size, stride, offset)
+
+
+def _unmarked(value: object, *_: object) -> object:
+    return value
 
 
 def _flatten(module: object, name: str, into: dict[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -102,10 +101,11 @@ class StarChatEngine:
 
     def _prompt(self, conversation: Conversation, sampling: Sampling) -> list[int]:
         room = self.context - min(sampling.max_new_tokens, self.context // 2)
-        ids = self._tokenizer.prompt(conversation)
-        while len(ids) > room and len(conversation.turns) > 1:
-            conversation = replace(conversation, turns=conversation.turns[2:])
-            ids = self._tokenizer.prompt(conversation)
+        system, *turns = self._tokenizer.parts(conversation)
+        ids = self._tokenizer.joined([system, *turns])
+        while len(ids) > room and len(turns) > 1:
+            turns = turns[2:]
+            ids = self._tokenizer.joined([system, *turns])
         if len(ids) >= self.context:
             raise BadRequest(
                 f"messages: the question and the system prompt have {len(ids)} tokens, and this "
