@@ -185,18 +185,30 @@ def _demo_tests(expression: str | None) -> list[_Result]:
     from gpufleet.errors import FleetError
     from gpufleet.python_env.plan import PYTHON
 
-    own = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    interpreter = sys.executable if own == PYTHON else shutil.which(PYTHON)
-    if interpreter is None:
-        print(f"skipped tests/demo: no {PYTHON}, which its environment is locked for", flush=True)
-        return []
     try:
-        _make_demo_environment(interpreter)
+        python = demo_python()
     except FleetError as error:
         print(f"{DEMO_ENVIRONMENT.name}: {error}", flush=True)
         return [_Result("tests/demo", ok=False, seconds=0)]
-    python = DEMO_ENVIRONMENT / "bin" / "python"
+    if python is None:
+        print(f"skipped tests/demo: no {PYTHON}, which its environment is locked for", flush=True)
+        return []
     return [_run("tests/demo", _pytest(python, ["tests/demo"], expression, "demo"))]
+
+
+def demo_python() -> Path | None:
+    """The interpreter of the demo's own environment, made if need be; None without its Python.
+
+    Raises FleetError, one line, if it cannot be made.
+    """
+    from gpufleet.python_env.plan import PYTHON
+
+    own = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    interpreter = sys.executable if own == PYTHON else shutil.which(PYTHON)
+    if interpreter is None:
+        return None
+    _make_demo_environment(interpreter)
+    return DEMO_ENVIRONMENT / "bin" / "python"
 
 
 def _make_demo_environment(interpreter: str) -> None:

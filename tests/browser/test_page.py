@@ -3,77 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import fleets
 import pytest
 from fleets import ROOT, Fleet, Running
 from modeldemo.pico import pictures
+from pages import PATIENCE, Page
 from selenium import webdriver
-from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webelement import WebElement
-
-PATIENCE = 60
-
-
-class Page:
-    """The demo's page in a browser, by the ids of its parts."""
-
-    def __init__(self, browser: webdriver.Chrome, address: str) -> None:
-        self.browser = browser
-        self.address = address
-        browser.get(address)
-        fleets.until(lambda: self.all("#question textarea"), "the page is built", PATIENCE)
-
-    def all(self, selector: str) -> list[WebElement]:
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
-
-    def text(self, part: str) -> str:
-        """What a part shows."""
-        return self.all(f"#{part}")[0].text
-
-    @property
-    def question(self) -> WebElement:
-        return self.all("#question textarea")[0]
-
-    @property
-    def said(self) -> list[str]:
-        """The demo's answers in the conversation."""
-        return [bubble.text.strip() for bubble in self.all("#chat .bot.message")]
-
-    @property
-    def asked(self) -> list[str]:
-        """The person's questions in the conversation."""
-        return [bubble.text.strip() for bubble in self.all("#chat .user.message")]
-
-    def upload(self, file: Path) -> None:
-        """Give the picture's file input a file, as the file chooser does."""
-        self.all("#picture input[type=file]")[0].send_keys(str(file))
-
-    def ready(self) -> bool:
-        """Whether a question can be asked now."""
-        return self.question.is_enabled() and self.all("button#send")[0].is_enabled()
-
-    def ask(self, question: str) -> str:
-        """Type a question, send it, wait for the whole answer and return it."""
-        before = len(self.asked)
-        fleets.until(self.ready, "the question box is open", PATIENCE)
-        self.question.send_keys(question)
-        self.all("button#send")[0].click()
-        fleets.until(lambda: len(self.asked) > before, "the question is shown", PATIENCE)
-        # While an answer comes, no other question can be asked.
-        fleets.until(self.ready, "the answer is whole", PATIENCE)
-        return self.said[-1]
-
-    def requested(self) -> set[str]:
-        """Where the page has loaded anything from: scheme, host and port."""
-        names = self.browser.execute_script(
-            "return performance.getEntries().map(e => e.name).filter(n => n.includes('://'))"
-        )
-        return {"{0.scheme}://{0.netloc}".format(urlsplit(name)) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -87,28 +25,6 @@ def address(deployed: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield f"http://127.0.0.1:{port}"
     finally:
         tunnel.kill()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """Chromium without a window, in a profile of its own."""
-    programs = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    for name, path in programs.items():
-        if path is None:
-            pytest.skip(f"no {name} on PATH; `./fleet test browser` installs it on Debian")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(programs["chromium"])
-    for flag in (
-        *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
-        *("disable-background-networking", "disable-component-update", "disable-sync"),
-        *("hide-scrollbars", "window-size=1280,860", "lang=en"),
-        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(f"--{flag}")
-    service = webdriver.ChromeService(str(programs["chromedriver"]))
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture

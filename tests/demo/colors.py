@@ -46,6 +46,8 @@ class ColorEngine:
         self.health = Conversation((Turn("user", "?", (Image.new("RGB", (9, 9), "white"),)),))
 
     def stream(self, conversation: Any, sampling: Any) -> Iterator[Any]:
+        from modeldemo.clip import labels
+        from modeldemo.clip.labels import Score
         from modeldemo.engine import OutOfMemory, Piece
 
         turns = conversation.turns
@@ -53,10 +55,9 @@ class ColorEngine:
         colors = [dominant(image) for image in conversation.images] or ["grey"]
         if self.page.kind == "labels":
             yield Piece(prompt_tokens=1)
-            shares = [(line, float(line in colors)) for line in question.splitlines()]
-            best = sorted(shares, key=lambda share: -share[1])
-            lines = [f"{share:.2%} {line} (cosine {share:.4f})" for line, share in best]
-            yield Piece("\n".join(lines))
+            found = [Score(line, float(line in colors), 0) for line in labels.read(question)]
+            total = sum(score.cosine for score in found) or 1
+            yield Piece(labels.write([Score(s.label, s.cosine, s.cosine / total) for s in found]))
             yield Piece(finish="stop")
             return
         if "fail" in question:

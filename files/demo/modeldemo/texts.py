@@ -40,6 +40,7 @@ class Texts:
     labels_example: str
     result: str
     compare: str
+    one_label: str
     no_words: str
     weights: str
     revision: str
@@ -68,6 +69,7 @@ TEXTS: dict[Language, Texts] = {
         labels_example="a cat\na dog\na city at night",
         result="Result",
         compare="Compare",
+        one_label="One label has nothing to be compared with; write several for percentages.",
         no_words="(no words)",
         weights="weights",
         revision="revision",
@@ -101,6 +103,7 @@ TEXTS: dict[Language, Texts] = {
         labels_example="a cat\na dog\na city at night",
         result="结果",
         compare="比较",
+        one_label="只有一个标签时无从比较；写几个标签，才有百分比。",
         no_words="（没有文字）",
         weights="权重",
         revision="版本",
@@ -120,8 +123,8 @@ TEXTS: dict[Language, Texts] = {
 def chosen(scope: Scope) -> Language:
     """The language of a request: `?lang=`, else its path's, else what the browser prefers."""
     asked = parse_qs(scope["query_string"].decode("latin-1")).get("lang", [""])[0]
-    if asked in ("en", "zh"):
-        return asked  # type: ignore[return-value]
+    if asked in PATHS:
+        return "zh" if asked == "zh" else "en"
     if scope["path"].startswith(PATHS["zh"]):
         return "zh"
     accepted = dict(scope["headers"]).get(b"accept-language", b"").decode("latin-1")
@@ -154,10 +157,6 @@ _CHINESE = (
     (r"the upload is markup.*", rf"上传的是 SVG 或 HTML，不是图片；{_WANTED}"),
     (r"the upload is not a picture;.*", rf"上传的不是图片；{_WANTED}"),
     (r"the picture is no longer here;.*", r"图片已被清理，请重新上传"),
-    (
-        r"One label has nothing to be compared with;.*",
-        r"只有一个标签时无从比较；请每行写一个标签，写几个",
-    ),
     (r"a conversation has (\d+) pictures at most;.*", r"一次对话最多 \1 张图片，请重新开始"),
 )
 

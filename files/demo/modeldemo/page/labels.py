@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -11,13 +10,11 @@ from typing import Any
 
 import gradio as gr
 
+from modeldemo.clip.labels import parse
 from modeldemo.engine import Conversation, ModelDemoError, Turn
 from modeldemo.page import parts
 from modeldemo.runner import Runner
-from modeldemo.texts import Texts, translated
-
-# A line of the answer: `97.31% a photo of a cat (cosine 0.2710)`; a label alone has no per cent.
-LINE = re.compile(r"(?:(?P<percent>\d+\.\d+)% )?(?P<label>.+) \(cosine (?P<cosine>-?\d\.\d+)\)")
+from modeldemo.texts import Texts
 
 
 def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
@@ -129,17 +126,15 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
 
 
 def bars(answer: str, texts: Texts) -> str:
-    """HTML of an answer: a bar for each label that has a share, the rest as it is."""
-    items, rest = [], []
-    for line in answer.splitlines():
-        found = LINE.fullmatch(line.strip())
-        if not found:
-            rest.append(f"<p>{html.escape(translated(line.strip(), texts))}</p>")
-            continue
-        label, percent = html.escape(found["label"]), found["percent"]
-        bar = f'<i style="width: {float(percent):.2f}%"></i>' if percent else ""
-        share = f"<b>{percent} %</b>" if percent else ""
-        cosine = f"<small>cosine {found['cosine']}</small>"
-        items.append(f"<li><span>{label}</span>{share}{bar}{cosine}</li>")
-    title = f"<h2>{html.escape(texts.result)}</h2>"
-    return f"{title}<ol>{''.join(items)}</ol>{''.join(rest)}"
+    """HTML of an answer: a bar for each label; one without others has no share to show."""
+    items = []
+    scores = parse(answer)
+    for score in scores:
+        share = ""
+        if score.share is not None:
+            share = f'<b>{score.share:.2%}</b><i style="width: {score.share:.2%}"></i>'
+        cosine = f"<small>cosine {score.cosine:.4f}</small>"
+        items.append(f"<li><span>{html.escape(score.label)}</span>{share}{cosine}</li>")
+    alone = any(score.share is None for score in scores)
+    hint = f"<p>{html.escape(texts.one_label)}</p>" if alone else ""
+    return f"<h2>{html.escape(texts.result)}</h2><ol>{''.join(items)}</ol>{hint}"
