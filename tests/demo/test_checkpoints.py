@@ -4,13 +4,29 @@ import json
 import os
 import pickle
 import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from modeldemo import config, systems
-from modeldemo.engine import ModelDemoError
+from modeldemo.engine import ModelDemoError, Sampling
+from modeldemo.minigpt4 import load
+from modeldemo.minigpt4.checkpoints import check_language, read_llama_config
+from modeldemo.minigpt4.decoder import Decoder
+from modeldemo.pico.train import Plan
 from modeldemo.pico.write import zero_padded
+from safetensors.torch import save_file
+from torch import nn
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+PICO = Path(__file__).parents[2] / "files" / "weights" / "pico"
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2030000000\n"
 HTML = b"<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title>"
@@ -140,6 +156,34 @@ def test_a_vocabulary_of_one_row_too_few_is_named(made, tmp_path):
     line = loaded(made)
     assert "401×32" in line
     assert "400×32" in line
+    assert "32001 rows is Vicuna v0" in line
+    assert "fleet weights merge" in line
+
+
+def test_a_tokenizer_with_more_pieces_than_the_vocabulary_is_named(made, tmp_path):
+    raw = json.loads((tmp_path / VICUNA / "config.json").read_text())
+    (tmp_path / VICUNA / "config.json").write_text(json.dumps(raw | {"vocab_size": 300}))
+    assert "tokenizer.model has 400 pieces, config.json a vocab_size of 300" in loaded(made)
+
+
+@pytest.mark.parametrize("pico", [True, False])
+def test_a_delta_that_was_not_merged_is_named_before_the_weights_are_read(made, tmp_path, pico):
+    delta = PICO / "vicuna-pico-delta" if pico else tmp_path / "vicuna-pico-delta"
+    change(tmp_path / VIT, lambda t: t.clear())
+    if pico:
+        shutil.copyfile(PICO / PROJECTION, tmp_path / PROJECTION)
+        sizes = tiny.write_yamls(tmp_path, Plan().sizes)
+        line = loaded(sizes, f"model.llama_model={delta}")
+    else:
+        line = loaded(made, f"model.llama_model={delta}")
+    assert f"{delta}: a delta, not a model" in line
+    assert "fleet weights merge" in line
+
+
+@pytest.mark.parametrize("merged", [VICUNA, "llama-pico-base"])
+def test_a_whole_model_is_not_taken_for_a_delta(merged):
+    config = read_llama_config(PICO / merged)
+    check_language(PICO / merged, config, 640)
 
 
 def test_a_projection_for_another_llama_says_which_pair_is_wrong(made, tmp_path):
@@ -163,6 +207,51 @@ def test_a_checkpoint_without_the_key_model_is_named(made, tmp_path):
     assert f"{PROJECTION}: has no key 'model'" in loaded(made)
 
 
+def tensor_bytes(file):
+    """Where in a checkpoint its largest tensor's numbers begin, and how many bytes they are."""
+    with zipfile.ZipFile(file) as archive:
+        stored = [info for info in archive.infolist() if "/data/" in info.filename]
+        entry = max(stored, key=lambda info: info.file_size)
+    with file.open("rb") as stream:
+        stream.seek(entry.header_offset + 26)
+        name, extra = struct.unpack("<HH", stream.read(4))
+    return entry.header_offset + 30 + name + extra, entry.file_size
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_damaged_numbers_are_named(made, tmp_path, file):
+    start, size = tensor_bytes(tmp_path / file)
+    with (tmp_path / file).open("r+b") as stream:
+        stream.seek(start)
+        stream.write(b"\xff" * min(size, 64))
+    line = loaded(made)
+    assert f"{tmp_path / file}: " in line
+    assert "the file is damaged; fetch it again" in line
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_table_of_contents_is_named(made, tmp_path, file):
+    data = (tmp_path / file).read_bytes()
+    at = data.index(b"data.pkl") + 300
+    (tmp_path / file).write_bytes(data[:at] + b"\x00\xff" * 40 + data[at + 80 :])
+    line = loaded(made)
+    assert f"{tmp_path / file}: " in line
+    assert "fetch the file" in line
+
+
+def test_safetensors_load_and_a_damaged_one_is_named(made, tmp_path):
+    folder, whole = tmp_path / VICUNA, {}
+    for file in folder.glob("*.bin"):
+        whole |= torch.load(file, weights_only=True)
+        file.unlink()
+    (folder / "pytorch_model.bin.index.json").unlink()
+    file = folder / "model.safetensors"
+    save_file(whole, file)
+    assert systems.load(config.load(*made, []), "cpu").model_id == "pico"
+    os.truncate(file, file.stat().st_size - 100)
+    assert "model.safetensors: cannot be read" in loaded(made)
+
+
 class Evil:
     def __reduce__(self):
         return (os.mkdir, ("pwned",))
@@ -175,7 +264,9 @@ def test_a_checkpoint_runs_no_code(made, tmp_path, monkeypatch, zipped):
         torch.save({"model": Evil()}, tmp_path / QFORMER)
     else:
         (tmp_path / QFORMER).write_bytes(pickle.dumps({"model": Evil()}))
-    assert QFORMER in loaded(made)
+    line = loaded(made)
+    assert QFORMER in line
+    assert "could run code" in line
     assert not (tmp_path / "pwned").exists()
 
 
@@ -222,8 +313,145 @@ def test_the_loaded_model_no_longer_depends_on_the_files(made, tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in engine._model.state_dict().items())
 
 
-def test_eight_bit_without_a_gpu_is_refused(made):
-    assert "low_resource" in loaded(made, "model.low_resource=True")
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("low_resource=True", "8bit weights need a GPU; set precision to auto and low_resource to"),
+        ("precision=8bit", "8bit weights need a GPU"),
+        ("precision=4bit", "4bit weights need a GPU"),
+        ("precision=fp16", "fp16 needs a GPU"),
+    ],
+)
+def test_a_precision_that_a_cpu_cannot_serve_is_refused(made, option, said):
+    assert said in loaded(made, f"model.{option}")
+
+
+def test_a_gpu_without_bitsandbytes_is_told_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ModelDemoError, match="4bit weights need bitsandbytes; install it"):
+        load._precision("4bit", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)],
+)
+def test_the_language_half_has_the_precision_that_was_asked_for(made, precision, dtype):
+    settings = config.load(*made, [f"model.precision={precision}"])
+    engine = systems.load(settings, "cpu")
+    assert {p.dtype for p in engine._model.llama.parameters()} == {dtype}
+    assert {p.dtype for p in engine._model.vision.parameters()} == {torch.float32}
+    answer = engine.stream(engine.health, Sampling(temperature=0, max_new_tokens=4))
+    assert sum(piece.new_tokens for piece in answer) == 4
+
+
+def both(name, weight):
+    return {f"{name}.weight": weight, f"{name}.bias": weight[:, 0]}
+
+
+@pytest.mark.parametrize(("precision", "most"), [("8bit", 0.03), ("4bit", 0.25)])
+def test_bitsandbytes_layers_are_filled_one_by_one_and_answer(made, tmp_path, precision, most):
+    folder = tmp_path / "language"
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    sizes |= {"num_hidden_layers": 2, "vocab_size": 90}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes)).half().save_pretrained(folder)
+    settings = replace(config.load(*made, []).settings, llama=folder)
+    change(tmp_path / PROJECTION, lambda t: t.update(both("llama_proj", torch.zeros(64, 24))))
+    language = read_llama_config(folder)
+    cpu = torch.device("cpu")
+    whole = load.assemble(settings, language, cpu, "fp32").llama
+    small = load.assemble(settings, language, cpu, precision).llama
+    kinds = {type(m).__name__ for m in small.model.layers.modules() if isinstance(m, nn.Linear)}
+    assert kinds == {{"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[precision]}
+    for name, module in small.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            full = whole.model.layers.get_submodule(name).weight
+            assert module.weight.nbytes * (4 if precision == "8bit" else 8) == full.nbytes
+    ids = torch.arange(5, 45)
+    logits = []
+    for llama in (whole, small):
+        decoder = Decoder(llama.eval(), 64)
+        with torch.inference_mode():
+            logits.append(decoder.read(decoder.embed(ids), ids.tolist()))
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 0 < error < most
+
+
+def test_weights_that_do_not_fit_the_gpu_say_what_would(made, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(load, "load_llama", full)
+    assert "do not fit the GPU's memory in fp32; set model.precision to 8bit" in loaded(made)
+
+
+MEASURE = """
+import sys
+import torch
+from pathlib import Path
+from modeldemo.minigpt4 import checkpoints
+from modeldemo.minigpt4.model import MiniGPT4
+from modeldemo.minigpt4.sizes import Sizes, VitSizes
+
+def resident():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return [int(lines[key].split()[0]) for key in ("RssAnon", "VmRSS")]
+
+def place(name, value):  # as to a device: all is read, and nothing of it stays in host memory
+    buffer[: value.numel()].copy_(value.flatten())
+    most[:] = map(max, most, resident())
+    return torch.empty(value.shape, device="meta")
+
+buffer = torch.ones(1 << 24)
+for folder in map(Path, sys.argv[1:]):
+    with torch.device("meta"):
+        config = checkpoints.read_llama_config(folder)
+        model = MiniGPT4(Sizes(VitSizes(depth=1)), config)
+    checkpoints.read(folder / "0.bin")
+    before, most = resident(), [0, 0]
+    checkpoints.load_llama(model, folder, place)
+    print(*(after - first for after, first in zip(most, before)))
+"""
+
+
+def test_host_memory_holds_no_more_than_one_shard(tmp_path):
+    width, layers = 1024, 6
+    shards = [{"model.embed_tokens.weight": torch.ones(64, width).half()}]
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        sizes = {f"self_attn.{p}_proj": (width, width) for p in "qkvo"}
+        sizes |= {f"mlp.{p}_proj": (4 * width, width) for p in ("gate", "up")}
+        sizes |= {"mlp.down_proj": (width, 4 * width)}
+        sizes |= {f"{name}_layernorm": (width,) for name in ("input", "post_attention")}
+        shards.append({f"{layer}.{n}.weight": torch.ones(s).half() for n, s in sizes.items()})
+    shards[-1] |= {"model.norm.weight": torch.ones(width), "lm_head.weight": torch.ones(64, width)}
+    where = {name: f"{i}.bin" for i, shard in enumerate(shards) for name in shard}
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 8}
+    sizes |= {"num_hidden_layers": layers, "vocab_size": 64}
+    # Files older than torch 1.6 cannot be mapped.
+    folders = [tmp_path / "mapped", tmp_path / "old"]
+    for folder in folders:
+        folder.mkdir()
+        for i, shard in enumerate(shards):
+            zipped = folder.name == "mapped"
+            torch.save(shard, folder / f"{i}.bin", _use_new_zipfile_serialization=zipped)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+        (folder / "config.json").write_text(json.dumps(sizes))
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, folders)],
+        env=path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shard = max(file.stat().st_size for file in folders[0].glob("*.bin")) / 2**20
+    assert shard > 30
+    for line, read in zip(done.stdout.splitlines(), (0, shard), strict=True):
+        anonymous, resident = (int(kib) / 1024 for kib in line.split())
+        assert anonymous < 8 + read
+        assert resident < 16 + shard
 
 
 def test_a_gpu_that_is_not_there_is_refused(made):

@@ -3,9 +3,11 @@
 import pytest
 from modeldemo.engine import BadRequest, Turn
 from modeldemo.minigpt4.answer import Answer
-from modeldemo.minigpt4.conversation import around_image, clean, prompt
+from modeldemo.minigpt4.context import Picture, layout
+from modeldemo.minigpt4.conversation import clean, segments
 from modeldemo.minigpt4.tokenizer import Tokenizer
 from modeldemo.pico.train import make_tokenizer
+from PIL import Image
 
 FIRST = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I "
@@ -21,25 +23,111 @@ def tokenizer(tmp_path_factory):
     return Tokenizer(file)
 
 
+PICTURE = Image.new("RGB", (4, 4))
+
+
+def prompt(turns):
+    """The text as upstream writes it, with its mark where a picture goes."""
+    return "<ImageHere>".join(segment.text for segment in segments(turns))
+
+
+def user(text, pictures=0):
+    return Turn("user", text, (PICTURE,) * pictures)
+
+
 def test_the_first_prompt_is_upstreams_to_the_letter():
-    assert prompt([Turn("user", "What is this?")]) == FIRST
+    assert prompt([user("What is this?", 1)]) == FIRST
 
 
 def test_a_second_question_follows_the_first_answer():
-    turns = [Turn("user", "What is this?"), Turn("assistant", "A dog."), Turn("user", "Why?")]
+    turns = [user("What is this?", 1), Turn("assistant", "A dog."), user("Why?")]
     assert prompt(turns) == FIRST + " A dog.###Human: Why?###Assistant:"
 
 
-def test_the_picture_stands_between_its_tags():
-    before, after = around_image(FIRST)
-    assert before.endswith("###Human: <Img>")
-    assert after == "</Img> What is this?###Assistant:"
+def test_every_picture_stands_before_the_words_of_its_turn():
+    turns = [user("What is this?", 1), Turn("assistant", "A dog."), user("And these?", 2)]
+    tag = "<Img><ImageHere></Img> "
+    assert prompt(turns) == f"{FIRST} A dog.###Human: {tag}{tag}And these?###Assistant:"
 
 
 def test_a_placeholder_that_a_user_types_stays_text():
-    before, after = around_image(prompt([Turn("user", "is <ImageHere> a word?")]))
+    before, after = (segment.text for segment in segments([user("is <ImageHere> a word?", 1)]))
     assert before.endswith("Human: <Img>")
     assert "is <ImageHere> a word?" in after
+
+
+def laid_out(tokenizer, turns, room):
+    """What is left of a conversation in so many positions, a picture as its number."""
+    pictures = [Picture(n, 5) for n in range(sum(len(turn.images) for turn in turns))]
+    parts = layout(segments(turns), pictures, tokenizer, room)
+    flat = [m for part in parts for m in (part if isinstance(part, list) else [part])]
+    length = sum(part.width if isinstance(part, Picture) else len(part) for part in parts)
+    text = "".join(
+        tokenizer.decode(part) if isinstance(part, list) else f"[{part.number}]" for part in parts
+    )
+    return flat, length, text
+
+
+STORY = [
+    user("First words.", 1),
+    Turn("assistant", "One answer."),
+    user("Second words.", 1),
+    Turn("assistant", "Two answer."),
+    user("The question?"),
+]
+
+
+def test_exactly_one_bos_begins_the_context_however_many_pictures_there_are(tokenizer):
+    flat, _, _ = laid_out(tokenizer, STORY, 2000)
+    assert flat[0] == tokenizer.bos
+    assert flat.count(tokenizer.bos) == 1
+
+
+def test_each_segment_is_tokenised_on_its_own_as_upstream_does(tokenizer):
+    flat, length, _ = laid_out(tokenizer, STORY, 2000)
+    one, two, three = (tokenizer.encode(segment.text) for segment in segments(STORY))
+    assert flat == [tokenizer.bos, *one, Picture(0, 5), *two, Picture(1, 5), *three]
+    assert length == 1 + len(one) + len(two) + len(three) + 10
+
+
+def test_history_goes_oldest_first_and_only_as_much_as_has_to(tokenizer):
+    _, whole, text = laid_out(tokenizer, STORY, 2000)
+    previous = text
+    for room in range(whole - 1, whole - 30, -1):
+        _, length, text = laid_out(tokenizer, STORY, room)
+        assert length == room
+        assert len(text) <= len(previous)
+        previous = text
+    assert "First words" not in text
+    assert text.startswith("Give the following image")
+    assert text.endswith("Human: The question?###Assistant:")
+    assert "[0]" in text
+    assert "[1]" in text
+
+
+def test_what_has_to_stay_and_does_not_fit_is_refused_with_the_numbers(tokenizer):
+    _, least, _ = laid_out(tokenizer, [STORY[0]], 2000)
+    assert laid_out(tokenizer, [STORY[0]], least)[1] == least
+    with pytest.raises(BadRequest, match=f"take {least} tokens, {least - 1} are left"):
+        laid_out(tokenizer, [STORY[0]], least - 1)
+
+
+def refuses(tokenizer, turns, room):
+    try:
+        laid_out(tokenizer, turns, room)
+    except BadRequest:
+        return True
+    return False
+
+
+def test_the_last_questions_pictures_and_words_are_never_cut(tokenizer):
+    turns = [*STORY[:4], user("Which of the two?", 1)]
+    _, whole, _ = laid_out(tokenizer, turns, 2000)
+    rooms = range(whole, 0, -1)
+    refused = next(room for room in rooms if refuses(tokenizer, turns, room))
+    smallest = laid_out(tokenizer, turns, refused + 1)[2]
+    assert smallest.endswith("Human: <Img>[2]</Img> Which of the two?###Assistant:")
+    assert "One answer" not in smallest
 
 
 @pytest.mark.parametrize(
@@ -47,14 +135,14 @@ def test_a_placeholder_that_a_user_types_stays_text():
 )
 def test_turns_that_do_not_alternate_are_refused_in_one_line(roles):
     with pytest.raises(BadRequest) as caught:
-        prompt([Turn(role, "text") for role in roles])
+        segments([Turn(role, "text") for role in roles])
     assert "\n" not in str(caught.value)
     assert "alternate" in str(caught.value)
 
 
 def test_an_empty_question_is_refused():
     with pytest.raises(BadRequest, match="no text"):
-        prompt([Turn("user", "  ")])
+        segments([Turn("user", "  ")])
 
 
 CASES = [

@@ -13,10 +13,9 @@ import tiny
 import torch
 from modeldemo import config, systems
 from modeldemo.engine import Sampling, Turn
-from modeldemo.minigpt4.conversation import around_image, prompt
 from modeldemo.minigpt4.tokenizer import Tokenizer
 from modeldemo.pico import evaluate, pictures
-from modeldemo.pico.train import Dialogues, Plan
+from modeldemo.pico.train import Dialogues, Plan, around_picture
 from modeldemo.pico.write import zero_padded
 from tiny import about, pieces
 
@@ -210,7 +209,7 @@ def test_training_reads_exactly_the_ids_that_serving_sends(engine):
         Turn("assistant", first.answer),
         Turn("user", second.question),
     ]
-    before, after = around_image(prompt(turns))
+    before, after = around_picture(turns)
     ids, targets = dialogues.batch([[first, second]])
     sent = tokenizer.encode(after)
     assert dialogues.before[0].tolist() == [tokenizer.bos, *tokenizer.encode(before)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ from . import names
 from .files import check_file, shards
 from .model import MiniGPT4
 from .sizes import Sizes
+
+log = logging.getLogger("modeldemo")
 
 Place = Callable[[str, Tensor], Tensor]
 
@@ -37,12 +40,18 @@ def read(file: Path) -> dict[str, Any]:
         # Files older than torch 1.6 are plain pickles, which cannot be mapped.
         mapped = zipfile.is_zipfile(file)
         found = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise ModelDemoError(
+            f"{file}: damaged, or holds more than tensors, which could run code; fetch the file "
+            "again from where it was published"
+        ) from error
+    except Exception as error:
+        # What damage makes of a pickle or a header can be any error there is.
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "empty"
         raise ModelDemoError(f"{file}: cannot be read ({reason}); fetch the file again") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, Mapping):
         raise ModelDemoError(f"{file}: holds a {type(found).__name__}, not tensors by name")
-    return found
+    return dict(found)
 
 
 def read_model(file: Path) -> dict[str, Any]:
@@ -81,7 +90,9 @@ def load_vit(model: MiniGPT4, file: Path, place: Place) -> None:
         width = torch.Size([model.sizes.vit.width])
         q, v = (_take(source, file, name, width) for name in (q_bias, v_bias))
         values[ours] = torch.cat((q, torch.zeros_like(q), v))
-    _assign(model.vision, values, place, rest=("post_layernorm.weight", "post_layernorm.bias"))
+    _assign(
+        model.vision, values, file, place, rest=("post_layernorm.weight", "post_layernorm.bias")
+    )
 
 
 def load_qformer(model: MiniGPT4, file: Path, place: Place) -> None:
@@ -91,14 +102,14 @@ def load_qformer(model: MiniGPT4, file: Path, place: Place) -> None:
     values = {
         ours: _take(source, file, original, target[ours].shape) for original, ours in wanted.items()
     }
-    _assign(model, values, place, rest=tuple(set(target) - set(values)))
+    _assign(model, values, file, place, rest=tuple(set(target) - set(values)))
 
 
 def load_projection(model: MiniGPT4, file: Path, place: Place) -> None:
     """pretrained_minigpt4.pth: only llama_proj."""
     source = read_projection(file, model.sizes, model.llama.config.hidden_size)
     values = {ours: source[original] for original, ours in names.PROJECTION.items()}
-    _assign(model, values, place, rest=tuple(set(model.state_dict()) - set(values)))
+    _assign(model, values, file, place, rest=tuple(set(model.state_dict()) - set(values)))
 
 
 def read_projection(file: Path, sizes: Sizes, llama_width: int) -> dict[str, Tensor]:
@@ -160,30 +171,88 @@ _NOT_READ = {
 }
 
 
+def check_language(directory: Path, config: LlamaConfig, pieces: int) -> None:
+    """Raise ModelDemoError for weights that are a delta, or of another vocabulary.
+
+    A tokenizer of `pieces` pieces is read with them. Old files without a zip's directory are read
+    whole for it, the others' headers alone.
+    """
+    if pieces > config.vocab_size:
+        raise ModelDemoError(
+            f"{directory}: tokenizer.model has {pieces} pieces, config.json a vocab_size of "
+            f"{config.vocab_size}: they are of two models; copy both from the same one"
+        )
+    rows = torch.Size([config.vocab_size, config.hidden_size])
+    for file in reversed(shards(directory)):
+        source = read(file)
+        words = source.get("model.embed_tokens.weight")
+        if isinstance(words, Tensor) and words.shape != rows and words.shape[1:] == rows[1:]:
+            raise ModelDemoError(
+                f"{file}: model.embed_tokens.weight is {_size(words.shape)}, the configuration "
+                f"says {_size(rows)}: merged with the wrong FastChat, or a file of another model "
+                "(32001 rows is Vicuna v0; 32000 is LLaMA and Vicuna v1.1); merge it again with "
+                "fleet weights merge"
+            )
+        norm = source.get("model.norm.weight")
+        if isinstance(norm, Tensor) and norm.float().abs().mean() < _DELTA:
+            raise ModelDemoError(
+                f"{directory}: a delta, not a model (its norms are close to 0); merge it with "
+                "its LLaMA by fleet weights merge"
+            )
+        del source, words, norm  # or two files would be in memory while the next is read
+    if config.vocab_size == 32000:
+        log.warning(
+            "%s: a vocabulary of 32000 is LLaMA's or Vicuna v1.1's; MiniGPT-4 was trained with "
+            "Vicuna v0, which has 32001: expect worse answers",
+            directory,
+        )
+
+
+#: A trained model's last norm has weights about 1; fine-tuning moves them by thousandths.
+_DELTA = 0.05
+
+
 def load_llama(model: MiniGPT4, directory: Path, place: Place) -> None:
     """A LLaMA directory, one shard after another, so that one shard at most is in flight."""
     target = {k: v.shape for k, v in model.llama.state_dict().items()}
-    values: dict[str, Tensor] = {}
+    missing = set(target)
     for file in shards(directory):
         source = read(file)
-        for name in target.keys() & source.keys():
-            values[name] = place(f"llama.{name}", _take(source, file, name, target[name]))
-    missing = sorted(target.keys() - values.keys())
+        for name in sorted(missing & source.keys()):
+            value = _take(source, file, name, target[name])
+            parent, _, leaf = name.rpartition(".")
+            placed = _sound(place(f"llama.{name}", value), file, name)
+            if not isinstance(placed, nn.Parameter):
+                placed = nn.Parameter(placed, requires_grad=False)
+            setattr(model.llama.get_submodule(parent), leaf, placed)
+            missing.remove(name)
+        del source  # or two files would be in memory while the next is read
     if missing:
         raise ModelDemoError(
-            f"{directory}: {missing[0]} is in none of its shards "
+            f"{directory}: {min(missing)} is in none of its shards "
             f"({len(missing)} of {len(target)} tensors missing); copy the whole directory"
         )
-    model.llama.load_state_dict(values, assign=True)
     # The one thing a LLaMA needs that no file holds: it has to be made where the weights are.
     rotary = LlamaRotaryEmbedding(model.llama.config)
     model.llama.model.rotary_emb = rotary.to(model.llama.lm_head.weight.device)
 
 
+def _sound(value: Tensor, file: Path, name: str) -> Tensor:
+    """A tensor of numbers; damaged bytes are infinities sooner than anything else."""
+    if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
+        raise ModelDemoError(
+            f"{file}: {name} holds values that are not numbers: the file is damaged; fetch it again"
+        )
+    return value
+
+
 def _assign(
-    module: nn.Module, values: dict[str, Tensor], place: Place, rest: tuple[str, ...]
+    module: nn.Module, values: dict[str, Tensor], file: Path, place: Place, rest: tuple[str, ...]
 ) -> None:
     prefix = "" if isinstance(module, MiniGPT4) else "vision."
-    placed = {name: place(prefix + name, value) for name, value in values.items()}
+    placed = {
+        name: _sound(place(prefix + name, value), file, prefix + name)
+        for name, value in values.items()
+    }
     outcome = module.load_state_dict(placed, strict=False, assign=True)
     assert sorted(outcome.missing_keys) == sorted(rest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..engine import BadRequest, Turn
 
@@ -12,13 +13,24 @@ SYSTEM = (
 )
 SEPARATOR = "###"
 HUMAN, ASSISTANT = "Human", "Assistant"
-IMAGE = "<ImageHere>"
+BEFORE_IMAGE, AFTER_IMAGE = "<Img>", "</Img>"
 
 
-def prompt(turns: Sequence[Turn]) -> str:
-    """The text up to the answer that is to come, with one IMAGE where the picture goes.
+@dataclass(frozen=True)
+class Segment:
+    """Words between two pictures; those from `start` to `end` are of earlier turns."""
 
-    Raises BadRequest unless the turns alternate, start and end with the user's and are not empty.
+    text: str
+    start: int
+    end: int
+
+
+def segments(turns: Sequence[Turn]) -> list[Segment]:
+    """The words up to the answer that is to come, parted where the pictures go.
+
+    Upstream's text to the letter. Its mark for a picture is in no segment, so one that a user
+    types stays text. Raises BadRequest unless the turns alternate, start and end with the user's
+    and are not empty.
     """
     expected = ["user", "assistant"] * (len(turns) // 2) + ["user"]
     if [t.role for t in turns] != expected:
@@ -28,21 +40,19 @@ def prompt(turns: Sequence[Turn]) -> str:
         )
     if any(not t.text.strip() for t in turns):
         raise BadRequest("messages: a message has no text; write a question")
+    done: list[Segment] = []
     text = SYSTEM + SEPARATOR
+    start = end = len(text)
     for i, turn in enumerate(turns):
-        role = HUMAN if turn.role == "user" else ASSISTANT
-        picture = f"<Img>{IMAGE}</Img> " if i == 0 else ""
-        text += f"{role}: {picture}{turn.text}{SEPARATOR}"
-    return f"{text}{ASSISTANT}:"
-
-
-def around_image(text: str) -> tuple[str, str]:
-    """What comes before and after the picture.
-
-    Only the first IMAGE is the picture: one that a user types later stays text.
-    """
-    before, _, after = text.partition(IMAGE)
-    return before, after
+        text += f"{HUMAN if turn.role == 'user' else ASSISTANT}: "
+        for _ in turn.images:
+            done.append(Segment(text + BEFORE_IMAGE, start, end))
+            text = f"{AFTER_IMAGE} "
+            start = end = len(text)
+        text += turn.text + SEPARATOR
+        if i < len(turns) - 1:
+            end = len(text)
+    return [*done, Segment(f"{text}{ASSISTANT}:", start, end)]
 
 
 def clean(answer: str) -> str:

@@ -1,17 +1,20 @@
-"""Answers questions about a picture with a loaded MiniGPT-4, piece by piece."""
+"""Answers questions about pictures with a loaded MiniGPT-4, piece by piece."""
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from ..engine import (
     BadRequest,
@@ -24,21 +27,29 @@ from ..engine import (
     Turn,
 )
 from .answer import Answer
-from .conversation import around_image, prompt
+from .context import Part, Picture, layout
+from .conversation import segments
+from .decoder import Decoder
 from .load import load
 from .model import MiniGPT4
-from .preprocess import preprocess
+from .preprocess import normalize, resize
+from .sampler import Sampler
 from .settings import Settings
 from .tokenizer import Tokenizer
 
 # Tokens of question and answer together, as upstream's demo limits them.
 MAX_LENGTH = 2000
+#: Pictures whose embeddings are kept, a quarter of a megabyte each for 7B.
+PICTURES_KEPT = 64
 
 
 class MiniGPT4Engine:
     """The Engine of MiniGPT-4; see modeldemo.engine for what it promises."""
 
-    page = Page(pictures="one", controls=("num_beams", "temperature"))
+    page = Page(
+        pictures="several",
+        controls=("num_beams", "temperature", "top_p", "max_new_tokens", "seed"),
+    )
     defaults = Sampling()
     health = Conversation(
         (
@@ -57,62 +68,164 @@ class MiniGPT4Engine:
 
     def __init__(self, model_id: str, model: MiniGPT4, tokenizer: Tokenizer) -> None:
         self.model_id = model_id
+        self.context = min(MAX_LENGTH, model.llama.config.max_position_embeddings)
         self._model = model.eval()
         self._tokenizer = tokenizer
         self._device = model.query_tokens.device
-        self._limit = min(MAX_LENGTH, model.llama.config.max_position_embeddings)
+        self._decoder = Decoder(model.llama, self.context)
+        if self._device.type == "cuda":
+            self._decoder.record()
+        self._pictures: OrderedDict[bytes, tuple[Picture, Tensor]] = OrderedDict()
+        self._encoded = 0
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Piece]:
         """Yield the answer to the last turn; with beams its text comes as one piece."""
         if not conversation.images:
             raise BadRequest("messages: this model talks about a picture; attach one")
-        if not 0 < sampling.max_new_tokens < self._limit:
-            raise BadRequest(f"max_tokens: must be 1 to {self._limit - 1}")
-        text = prompt(conversation.turns)
-        return self._stream(conversation.images[-1], text, sampling)
+        if not 0 < sampling.max_new_tokens < self.context:
+            raise BadRequest(f"max_tokens: must be 1 to {self.context - 1}")
+        return self._stream(conversation, sampling)
 
-    def _stream(self, image: Image.Image, text: str, sampling: Sampling) -> Iterator[Piece]:
-        context = self._context(image, text, sampling.max_new_tokens)
+    def _stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Piece]:
+        with self._explained():
+            parts, embeddings = self._context(conversation, sampling.max_new_tokens)
+            if sampling.num_beams > 1:
+                yield from self._search(self._embedded(parts, embeddings), sampling)
+            else:
+                yield from self._generate(parts, embeddings, sampling)
+
+    def _generate(
+        self, parts: list[Part], pictures: dict[Picture, Tensor], sampling: Sampling
+    ) -> Iterator[Piece]:
+        """Token after token; what the last conversations have in common is not computed again."""
+        decoder, answer = self._decoder, Answer(self._tokenizer)
+        sampler = Sampler(sampling, self._device)
+        ahead = self._device.type == "cuda"
+        chosen = torch.empty(2, dtype=torch.long, pin_memory=ahead)
+        with torch.inference_mode():
+            marks = [m for part in parts for m in (part if isinstance(part, list) else part.marks)]
+            known = decoder.resume(marks)
+            logits = decoder.read(self._embedded(parts, pictures)[:, known:], marks[known:])
+        prompt = len(marks)
+        for left in reversed(range(sampling.max_new_tokens)):
+            with torch.inference_mode():
+                choice = sampler.choose(logits)
+                chosen.copy_(choice, non_blocking=True)
+                if ahead:
+                    # The GPU goes on to the next step while this one's token is looked at.
+                    copied = torch.cuda.Event()
+                    copied.record()
+                    logits = decoder.step(choice[:1])
+                    copied.synchronize()
+                token, sound = chosen.tolist()
+                if not sound:
+                    raise _not_numbers()
+                if ahead:
+                    decoder.note(token)
+            if token == self._tokenizer.eos:
+                yield Piece(answer.finish(), 1, prompt, "stop")
+                return
+            text = answer.add([token])
+            if answer.ended:
+                yield Piece(text + answer.finish(), 1, prompt, "stop")
+                return
+            if not left:
+                yield Piece(text + answer.finish(), 1, prompt, "length")
+                return
+            yield Piece(text, 1, prompt)
+            prompt = 0
+            if not ahead:
+                with torch.inference_mode():
+                    logits = decoder.step(choice[:1])
+                    decoder.note(token)
+
+    def _search(self, context: Tensor, sampling: Sampling) -> Iterator[Piece]:
+        """Beams, by transformers: nothing of an answer is certain before its end."""
         yield Piece(prompt_tokens=context.shape[1])
         job = _Job(self._model, self._tokenizer, context, sampling)
         job.start()
         try:
-            answer = Answer(self._tokenizer)
-            held, made = "", 0
-            for ids in job.tokens():
-                made += len(ids)
+            for ids in job.steps():
+                if ids is None:
+                    yield Piece()
+                    continue
+                answer = Answer(self._tokenizer)
                 text = answer.add(ids)
-                if sampling.num_beams > 1:
-                    held, text = held + text, ""
-                yield Piece(text, len(ids))
-                if answer.ended:
-                    break
-            cut = made >= sampling.max_new_tokens and not answer.ended
-            yield Piece(held + answer.finish(), finish="length" if cut else "stop")
+                whole = answer.ended or self._tokenizer.eos in ids
+                cut = len(ids) >= sampling.max_new_tokens and not whole
+                yield Piece(text + answer.finish(), len(ids), finish="length" if cut else "stop")
         finally:
             job.stop()
 
     @torch.inference_mode()
-    def _context(self, image: Image.Image, text: str, max_new_tokens: int) -> Tensor:
-        """[1, T, LLaMA width]: text, picture, text; its beginning is cut when it is too long."""
-        pixels = preprocess(image, self._model.sizes.image_size).to(self._device)
-        before, after = around_image(text)
-        first = [self._tokenizer.bos, *self._tokenizer.encode(before)]
-        parts = [
-            self._embed(first),
-            self._model.encode_image(pixels),
-            self._embed(self._tokenizer.encode(after)),
-        ]
-        dtype = parts[0].dtype
-        whole = torch.cat([part.to(dtype) for part in parts], dim=1)
-        return whole[:, max(0, whole.shape[1] + max_new_tokens - self._limit) :]
+    def _context(
+        self, conversation: Conversation, max_new_tokens: int
+    ) -> tuple[list[Part], dict[Picture, Tensor]]:
+        """The parts of the context, and its pictures' embeddings."""
+        turns = conversation.turns
+        if conversation.system and turns:
+            # MiniGPT-4 was trained with a system prompt of its own, which has to stay.
+            first = replace(turns[0], text=f"{conversation.system}\n{turns[0].text}")
+            turns = (first, *turns[1:])
+        found = segments(turns)
+        pictures = [self._picture(image) for image in conversation.images]
+        room = self.context - max_new_tokens
+        parts = layout(found, [picture for picture, _ in pictures], self._tokenizer, room)
+        return parts, dict(pictures)
 
-    def _embed(self, ids: list[int]) -> Tensor:
-        return self._model.embed(torch.tensor([ids], device=self._device))
+    def _picture(self, image: Image.Image) -> tuple[Picture, Tensor]:
+        """A picture and its [1, query tokens, LLaMA width], computed once for equal pixels."""
+        sizes = self._model.sizes
+        pixels = resize(image, sizes.image_size)
+        key = hashlib.sha256(pixels.numpy().tobytes()).digest()
+        if key in self._pictures:
+            self._pictures.move_to_end(key)
+            return self._pictures[key]
+        encoded = self._model.encode_image(normalize(pixels.to(self._device))[None])
+        picture = Picture(self._encoded, sizes.query_tokens)
+        self._encoded += 1
+        self._pictures[key] = picture, encoded.to(self._decoder.dtype)
+        if len(self._pictures) > PICTURES_KEPT:
+            self._pictures.popitem(last=False)
+        return self._pictures[key]
+
+    @torch.inference_mode()
+    def _embedded(self, parts: list[Part], pictures: dict[Picture, Tensor]) -> Tensor:
+        """[1, T, LLaMA width] of all parts."""
+        return torch.cat(
+            [
+                self._decoder.embed(torch.tensor(part, device=self._device))
+                if isinstance(part, list)
+                else pictures[part]
+                for part in parts
+            ],
+            dim=1,
+        )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what goes wrong into one line, after which the next question can be answered."""
+        try:
+            yield
+        except BadRequest:
+            raise
+        except Exception as error:
+            out = _out_of_memory(error)
+            self._decoder.forget()
+            if out:
+                self._pictures.clear()
+                torch.cuda.empty_cache()
+                raise out from None
+            if isinstance(error, ModelDemoError):
+                raise
+            if "probability tensor contains" in str(error):
+                raise _not_numbers() from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise ModelDemoError(f"generation failed: {reason}") from error
 
 
-class _Job(BaseStreamer, StoppingCriteria):
-    """One generation in a thread of its own, which hands over ids and can be stopped."""
+class _Job(StoppingCriteria):
+    """One beam search in a thread of its own, which shows its steps and can be stopped."""
 
     def __init__(
         self, model: MiniGPT4, tokenizer: Tokenizer, context: Tensor, sampling: Sampling
@@ -132,27 +245,19 @@ class _Job(BaseStreamer, StoppingCriteria):
         self._stopped.set()
         self._thread.join()
 
-    def tokens(self) -> Iterator[list[int]]:
-        """New ids, as they are chosen; raises what the generation raised."""
+    def steps(self) -> Iterator[list[int] | None]:
+        """None for every step, at last the ids; raises what the search raised."""
         while True:
             got = self._queue.get()
-            if got is None:
-                return
             if isinstance(got, BaseException):
-                raise _explained(got) from got
+                raise got
             yield got
-
-    def put(self, value: Tensor) -> None:
-        """BaseStreamer: the ids chosen in one step."""
-        self._queue.put(value.flatten().tolist())
-
-    def end(self) -> None:
-        """BaseStreamer: nothing to do, `_run` marks the end."""
+            if got is not None:
+                return
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """StoppingCriteria: which rows end with the separator; all of them once stopped."""
-        if self._sampling.num_beams > 1:
-            self._queue.put([])  # no ids are certain yet
+        self._queue.put(None)
         done = torch.full(input_ids.shape[:1], self._stopped.is_set(), device=input_ids.device)
         for end in self._ends:
             if input_ids.shape[1] >= len(end):
@@ -162,7 +267,6 @@ class _Job(BaseStreamer, StoppingCriteria):
     @torch.inference_mode()
     def _run(self) -> None:
         sampling = self._sampling
-        beams = sampling.num_beams > 1
         options: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             options = {
@@ -184,26 +288,27 @@ class _Job(BaseStreamer, StoppingCriteria):
                 length_penalty=1.0,
                 pad_token_id=self._eos,
                 stopping_criteria=StoppingCriteriaList([self]),
-                streamer=None if beams else self,
                 **options,
             )
-            if beams:
-                self._queue.put(ids[0].tolist())
-            self._queue.put(None)
+            self._queue.put(ids[0].tolist())
         except Exception as error:
             self._queue.put(error)
 
 
-def _explained(error: BaseException) -> ModelDemoError:
-    """What a person can do about a failed generation, in one line."""
+def _out_of_memory(error: Exception) -> OutOfMemory | None:
+    """The line for a request that there was no memory for; None for any other error."""
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfMemory(
-            "GPU out of memory: use one beam, set model.precision to 8bit, or take the 7B model"
+            "GPU out of memory: use fewer beams, set model.precision to 8bit or 4bit, or take "
+            "the 7B model"
         )
-    if "probability tensor contains" in str(error):
-        return ModelDemoError(
-            "the model's output is not a number: raise the temperature, or check that the weights "
-            "are the merged ones"
-        )
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-    return ModelDemoError(f"generation failed: {reason}")
+    if isinstance(error, RuntimeError) and "not enough memory" in str(error):
+        return OutOfMemory("not enough memory on this host: use fewer beams")
+    return None
+
+
+def _not_numbers() -> ModelDemoError:
+    return ModelDemoError(
+        "the model's output is not a number: raise the temperature, or check that the weights are "
+        "the merged ones"
+    )

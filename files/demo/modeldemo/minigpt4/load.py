@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 
 import torch
 from torch import Tensor
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from ..engine import ModelDemoError
 from ..precision import Precision
+from . import quantised
 from .checkpoints import (
+    check_language,
     load_llama,
     load_projection,
     load_qformer,
@@ -24,66 +24,79 @@ from .model import MiniGPT4
 from .settings import Settings
 from .tokenizer import Tokenizer
 
-log = logging.getLogger("modeldemo")
+#: What a precision keeps the LLaMA in, or what its quantised layers compute in.
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(settings: Settings, device: str) -> tuple[MiniGPT4, Tokenizer]:
     """The model on `auto`, `cpu` or `cuda`, and its tokenizer; raises ModelDemoError, one line."""
     place = _device(device)
+    precision = _precision(settings.precision, place)
     config = read_llama_config(settings.llama)
     tokenizer = Tokenizer(settings.llama / "tokenizer.model")
-    # Cheap, and the mistake that is made most often: seen before gigabytes are read.
+    # Cheap, and the mistakes that are made most often: seen before gigabytes are read.
     read_projection(settings.projection, settings.sizes, config.hidden_size)
-    if settings.precision in ("8bit", "4bit"):
-        _require_quantising(settings.precision, place)
+    check_language(settings.llama, config, tokenizer.size)
     try:
-        model = _load(settings, config, place)
+        model = assemble(settings, config, place, precision)
     except torch.OutOfMemoryError as error:
         raise ModelDemoError(
-            f"{settings.llama}: the weights do not fit the GPU's memory; set model.precision to "
-            "8bit or take the 7B model"
+            f"{settings.llama}: the weights do not fit the GPU's memory in {precision}; set "
+            "model.precision to 8bit or 4bit, or take the 7B model"
         ) from error
     return model, tokenizer
 
 
-def _load(settings: Settings, config: LlamaConfig, device: torch.device) -> MiniGPT4:
+def assemble(
+    settings: Settings, config: LlamaConfig, device: torch.device, precision: Precision
+) -> MiniGPT4:
+    """The model with its weights, each of which passes through host memory alone.
+
+    Between the files and the device there is never more than one tensor: host memory holds the
+    mapped pages of one file, which the system takes back when it needs them.
+    """
     # Without memory at first: each tensor is put in place once, converted on the way.
     with torch.device("meta"):
         model = MiniGPT4(settings.sizes, config)
-    halves = _halves(model, settings) if device.type == "cuda" else frozenset()
-    language = _language_dtype(settings.precision, device)
+    dtype = _DTYPES.get(precision, torch.float16 if device.type == "cuda" else torch.float32)
+    quantise = None
+    if precision in quantised.BITS:
+        quantise = quantised.prepare(model.llama, precision, dtype)
+    halves = _halves(model, settings) if device.type == "cuda" and precision != "fp32" else set()
 
     def place(name: str, value: Tensor) -> Tensor:
-        dtype = torch.float32
-        if name in halves:
-            dtype = torch.float16
-        elif name.startswith("llama."):
-            dtype = language
+        if quantise and name in quantise.names:
+            return quantise(value.to(dtype), device)
+        if name.startswith("llama."):
+            kind = dtype
+        else:
+            kind = torch.float16 if name in halves else torch.float32
+        # Converted where it goes, so that host memory holds no second one.
+        moved = value.to(device) if device.type == "cuda" else value
         # A copy always: a mapped tensor would change, or crash the process, with its file.
-        return value.to(device=device, dtype=dtype, copy=True)
+        return moved.to(device=device, dtype=kind, copy=moved is value)
 
     load_vit(model, settings.vit, place)
     load_qformer(model, settings.qformer, place)
     load_projection(model, settings.projection, place)
-    if settings.precision in ("8bit", "4bit"):
-        model.llama = _quantised(settings, config)
-    else:
-        load_llama(model, settings.llama, place)
+    load_llama(model, settings.llama, place)
     return model.requires_grad_(False)
 
 
-def _halves(model: MiniGPT4, settings: Settings) -> frozenset[str]:
-    """The tensors of the picture's half kept in fp16 on a GPU: the ViT's Linear layers.
+def _halves(model: MiniGPT4, settings: Settings) -> set[str]:
+    """The picture half's tensors that are kept in fp16 on a GPU: those of the ViT's Linear layers.
 
     Upstream halves the patch convolution too, yet runs it under autocast behind fp32 tokens; kept
     in fp32 it gives the same numbers and the residual stream the precision it had upstream.
     """
-    names = set()
-    if settings.half_vit:
-        for name, module in model.vision.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                names |= {f"vision.{name}.{part}" for part in ("weight", "bias")}
-    return frozenset(names)
+    if not settings.half_vit:
+        return set()
+    return {
+        f"vision.{name}.{part}"
+        for name, module in model.vision.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        for part in ("weight", "bias")
+    }
 
 
 def _device(name: str) -> torch.device:
@@ -94,42 +107,28 @@ def _device(name: str) -> torch.device:
             "--device cuda: torch sees no GPU; check nvidia-smi and that torch is a CUDA build, "
             "or use --device cpu"
         )
-    return torch.device(name)
+    # The first that the process sees, and never another.
+    return torch.device("cuda:0" if name == "cuda" else name)
 
 
-def _language_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    half = torch.float16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(
-        precision, half
-    )
-
-
-def _require_quantising(precision: Precision, device: torch.device) -> None:
-    if device.type != "cuda":
+def _precision(asked: Precision, device: torch.device) -> Precision:
+    """What `auto` means on this device; raises ModelDemoError where the device cannot."""
+    if asked == "auto":
+        return "fp16" if device.type == "cuda" else "fp32"
+    if asked in quantised.BITS:
+        instead = "set precision to auto and low_resource to False"
+        if device.type != "cuda":
+            raise ModelDemoError(f"model.precision: {asked} weights need a GPU; {instead}")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ModelDemoError(
+                f"model.precision: {asked} weights need bitsandbytes; install it, or {instead}"
+            )
+    if asked == "fp16" and device.type != "cuda":
         raise ModelDemoError(
-            f"model.precision: {precision} weights need a GPU; set precision to auto and "
-            "low_resource to False"
+            "model.precision: fp16 needs a GPU; on a CPU set it to auto, fp32 or bf16"
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if asked == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise ModelDemoError(
-            f"model.precision: {precision} weights need bitsandbytes; install it, or set "
-            "precision to auto and low_resource to False"
+            "model.precision: this GPU has no bf16, which came with Ampere; set it to fp16"
         )
-
-
-def _quantised(settings: Settings, config: LlamaConfig) -> LlamaForCausalLM:
-    from transformers import BitsAndBytesConfig
-
-    return LlamaForCausalLM.from_pretrained(
-        settings.llama,
-        config=config,
-        dtype=torch.float16,
-        quantization_config=BitsAndBytesConfig(
-            load_in_8bit=settings.precision == "8bit",
-            load_in_4bit=settings.precision == "4bit",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.float16,
-        ),
-        device_map={"": 0},
-        local_files_only=True,
-    )
+    return asked

@@ -48,7 +48,8 @@ class MiniGPT4(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """[B, 3, image_size, image_size] normalised pixels → [B, query_tokens, LLaMA width]."""
         # As upstream: on a GPU the picture's half runs under fp16 autocast, its norms in fp32.
-        with torch.autocast(pixels.device.type, torch.float16, enabled=pixels.is_cuda):
+        half = pixels.is_cuda and self.llama.lm_head.weight.dtype != torch.float32
+        with torch.autocast(pixels.device.type, torch.float16, enabled=half):
             patches = self.vision(pixels).last_hidden_state
             queries = self.query_tokens.expand(pixels.shape[0], -1, -1)
             read = self.qformer(query_embeds=queries, encoder_hidden_states=patches)

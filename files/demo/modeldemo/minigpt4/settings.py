@@ -64,10 +64,10 @@ def read(model: Section) -> Settings:
             f"{model.origin('image_size')}: model.image_size is {sizes.image_size}, not a multiple "
             f"of model.vit.patch_size {sizes.vit.patch_size}"
         )
-    precision = model.get("vit_precision", str, "fp16")
-    if precision not in ("fp16", "fp32"):
+    vit_precision = model.get("vit_precision", str, "fp16")
+    if vit_precision not in ("fp16", "fp32"):
         raise ModelDemoError(
-            f"{model.origin('vit_precision')}: model.vit_precision is {precision!r}; "
+            f"{model.origin('vit_precision')}: model.vit_precision is {vit_precision!r}; "
             "it must be fp16 or fp32"
         )
     end = model.get("end_sym", str, "###")
@@ -86,7 +86,7 @@ def read(model: Section) -> Settings:
         vit=files["vit_model_path"],
         qformer=files["q_former_model"],
         projection=files["ckpt"],
-        half_vit=precision == "fp16",
+        half_vit=vit_precision == "fp16",
         precision=read_precision(model),
     )
 

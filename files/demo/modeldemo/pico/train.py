@@ -24,13 +24,14 @@ from tempfile import TemporaryDirectory
 
 import sentencepiece
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from ..engine import Turn
-from ..minigpt4.conversation import around_image, prompt
+from ..minigpt4.conversation import segments
 from ..minigpt4.model import MiniGPT4
 from ..minigpt4.preprocess import normalize, resize
 from ..minigpt4.sizes import QFormerSizes, Sizes, VitSizes
@@ -157,8 +158,14 @@ def _corpus(seed: int) -> Iterator[str]:
             Turn("assistant", first.answer),
             Turn("user", second.question),
         ]
-        yield from around_image(prompt(turns))
+        yield from around_picture(turns)
         yield " ".join(f"{t.color} {t.shape} {_cell(t)}" for t in scene.things)
+
+
+def around_picture(turns: list[Turn]) -> list[str]:
+    """What is read before and after a picture that comes with the first question."""
+    first = replace(turns[0], images=(Image.new("RGB", (1, 1)),))
+    return [segment.text for segment in segments([first, *turns[1:]])]
 
 
 def _cell(thing: Thing) -> str:
@@ -206,7 +213,7 @@ class Dialogues:
         self._tokenizer, self._plan, self._rng = tokenizer, plan, rng
         self.first_lesson = False
         self._turn = cache(self._encode_turn)
-        before, _ = around_image(prompt([Turn("user", "?")]))
+        before, _ = around_picture([Turn("user", "?")])
         #: [1, L] ids that every dialogue begins with, up to the picture.
         self.before = torch.tensor([[tokenizer.bos, *tokenizer.encode(before)]])
 
