@@ -36,12 +36,21 @@ class Page:
     @property
     def said(self) -> list[str]:
         """The demo's answers in the conversation."""
-        return [bubble.text.strip() for bubble in self.all("#chat .bot.message")]
+        return self._words("bot")
 
     @property
     def asked(self) -> list[str]:
         """The person's questions in the conversation."""
-        return [bubble.text.strip() for bubble in self.all("#chat .user.message")]
+        return self._words("user")
+
+    def _words(self, role: str) -> list[str]:
+        """What the bubbles of one side say, read at once: the page replaces them as they grow."""
+        return list(
+            self.browser.execute_script(
+                "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText.trim())",
+                f"#chat [data-testid='{role}'] .message-content",
+            )
+        )
 
     def upload(self, file: Path) -> None:
         """Give the picture's file input a file, as the file chooser does."""

@@ -43,6 +43,8 @@ def _tame() -> None:
     assert templates.loader
     index, _, _ = templates.loader.get_source(templates, "frontend/index.html")
     index = re.sub(r'<meta\s+(property|name)="(og|twitter):[^>]*>', "", index)
+    # Browsers fetch it without the password.
+    index = re.sub(r'<link\s+rel="manifest"[^>]*>', "", index)
     # Its own texts follow the browser's language; here they follow the page's.
     index = re.sub(r'<html\s+lang="en"', '<html lang="{{ tag }}"', index, count=1)
     index = index.replace("<head>", f"<head>{FOLLOW}", 1)
