@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from modeldemo import config, systems
+from modeldemo import config, device, systems
 from modeldemo.engine import ModelDemoError, Sampling
 from modeldemo.minigpt4 import load
 from modeldemo.minigpt4.checkpoints import check_language, read_llama_config
@@ -329,7 +329,7 @@ def test_a_precision_that_a_cpu_cannot_serve_is_refused(made, option, said):
 def test_a_gpu_without_bitsandbytes_is_told_what_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ModelDemoError, match="4bit weights need bitsandbytes; install it"):
-        load._precision("4bit", torch.device("cuda"))
+        device.choose_precision("4bit", torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

@@ -473,7 +473,7 @@ def test_a_damaged_folder_is_one_line_that_names_it(copy, tmp_path, damage, mess
 
 @pytest.mark.parametrize("precision", ["8bit", "4bit", "fp16"])
 def test_what_a_cpu_cannot_compute_in_is_refused(made, tmp_path, precision):
-    with pytest.raises(ModelDemoError, match=f"model.precision: {precision} needs a GPU"):
+    with pytest.raises(ModelDemoError, match=f"model.precision: {precision} .*a GPU"):
         load(made.folder, tmp_path, precision=precision)
 
 

@@ -6,12 +6,11 @@ or quantised on the way, so the host's memory holds one tensor beside the mapped
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,11 +21,11 @@ from .engine import ModelDemoError
 from .hub_folder import weight_files
 from .minigpt4.checkpoints import read
 from .precision import Precision
+from .quantised import BITS, prepare
 
 C = TypeVar("C", bound=PreTrainedConfig)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-QUANTISED = ("8bit", "4bit")
 
 
 def read_config(folder: Path, kind: type[C]) -> C:
@@ -49,40 +48,6 @@ def read_config(folder: Path, kind: type[C]) -> C:
 _NOT_READ = {"architectures", "auto_map", "dtype", "model_type", "torch_dtype"}
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device; raises ModelDemoError where torch sees no GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelDemoError(
-            "--device cuda: torch sees no GPU; check nvidia-smi and that torch is a CUDA build, "
-            "or use --device cpu"
-        )
-    return torch.device(name)
-
-
-def choose_precision(asked: Precision, device: torch.device) -> Precision:
-    """What `auto` means on this device; raises ModelDemoError where the device cannot."""
-    if asked == "auto":
-        return "fp16" if device.type == "cuda" else "fp32"
-    if asked in QUANTISED:
-        if device.type != "cuda":
-            raise ModelDemoError(f"model.precision: {asked} needs a GPU; set it to auto")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ModelDemoError(
-                f"model.precision: {asked} needs bitsandbytes; install it or set it to auto"
-            )
-    if asked == "fp16" and device.type != "cuda":
-        raise ModelDemoError(
-            "model.precision: fp16 needs a GPU; on a CPU set it to auto, fp32 or bf16"
-        )
-    if asked == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise ModelDemoError(
-            "model.precision: this GPU has no bf16, which came with Ampere; set it to fp16"
-        )
-    return asked
-
-
 def load(
     model: nn.Module,
     tensors: Iterable[tuple[Path, str, Tensor]],
@@ -96,16 +61,19 @@ def load(
     have are left out. Raises ModelDemoError, one line, for a missing or misshapen tensor and a
     device that is too small.
     """
-    if precision in QUANTISED:
-        _quantise(model, precision)
+    dtype = DTYPES.get(precision, torch.float16)
+    quantise = prepare(model, precision, dtype) if precision in BITS else None
     wanted = dict(model.named_parameters())  # tied ones once
     missing = set(wanted)
-    dtype = DTYPES.get(precision, torch.float16)
     with _enough_memory(folder):
         for file, name, value in tensors:
             if name in missing:
                 _check(file, name, value, wanted[name])
-                _put(model, name, value.to(dtype=dtype, copy=True), device)
+                value = value.to(dtype=dtype, copy=True)
+                if quantise and name in quantise.names:
+                    _put(model, name, quantise(value, device))
+                else:
+                    _put(model, name, nn.Parameter(value.to(device), requires_grad=False))
                 missing.remove(name)
     if missing:
         raise ModelDemoError(
@@ -145,32 +113,9 @@ def _check(file: Path, name: str, value: Tensor, wanted: Tensor) -> None:
         )
 
 
-def _put(model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
+def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
     path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    old = getattr(module, leaf)
-    if type(old) is nn.Parameter:
-        setattr(module, leaf, nn.Parameter(value.to(device), requires_grad=False))
-        return
-    # One of bitsandbytes' own classes, which quantises on its way to the GPU.
-    settings = {key: kept for key, kept in vars(old).items() if key != "SCB"}
-    setattr(module, leaf, type(old)(value, requires_grad=False, **settings).to(device))
-
-
-def _quantise(model: nn.Module, precision: Precision) -> None:
-    """Replace the Linear layers, but for the head, by those of bitsandbytes, still without data."""
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.utils.quantization_config import BitsAndBytesConfig
-
-    how: dict[str, Any] = {"load_in_8bit": True}
-    if precision == "4bit":
-        how = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": torch.float16,
-        }
-    chosen = BitsAndBytesConfig(**how)  # type: ignore[no-untyped-call]
-    replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=chosen)
+    setattr(model.get_submodule(path), leaf, value)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+from ..device import choose_device, choose_precision
 from ..engine import (
     BadRequest,
     Conversation,
@@ -30,7 +31,7 @@ from ..engine import (
     Turn,
 )
 from ..hub_folder import Settings
-from ..pretrained import choose_device, choose_precision, load, read_config, tensors
+from ..pretrained import load, read_config, tensors
 from . import labels, openai
 from .settings import WORDS, archive
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from ..device import choose_device, choose_precision
 from ..engine import ModelDemoError
 from ..precision import Precision
-from . import quantised
+from ..quantised import BITS, prepare
 from .checkpoints import (
     check_language,
     load_llama,
@@ -30,8 +29,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def load(settings: Settings, device: str) -> tuple[MiniGPT4, Tokenizer]:
     """The model on `auto`, `cpu` or `cuda`, and its tokenizer; raises ModelDemoError, one line."""
-    place = _device(device)
-    precision = _precision(settings.precision, place)
+    place = choose_device(device)
+    precision = choose_precision(settings.precision, place)
     config = read_llama_config(settings.llama)
     tokenizer = Tokenizer(settings.llama / "tokenizer.model")
     # Cheap, and the mistakes that are made most often: seen before gigabytes are read.
@@ -60,12 +59,12 @@ def assemble(
         model = MiniGPT4(settings.sizes, config)
     dtype = _DTYPES.get(precision, torch.float16 if device.type == "cuda" else torch.float32)
     quantise = None
-    if precision in quantised.BITS:
-        quantise = quantised.prepare(model.llama, precision, dtype)
+    if precision in BITS:
+        quantise = prepare(model.llama, precision, dtype)
     halves = _halves(model, settings) if device.type == "cuda" and precision != "fp32" else set()
 
     def place(name: str, value: Tensor) -> Tensor:
-        if quantise and name in quantise.names:
+        if quantise and name.removeprefix("llama.") in quantise.names:
             return quantise(value.to(dtype), device)
         if name.startswith("llama."):
             kind = dtype
@@ -97,38 +96,3 @@ def _halves(model: MiniGPT4, settings: Settings) -> set[str]:
         if isinstance(module, torch.nn.Linear)
         for part in ("weight", "bias")
     }
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelDemoError(
-            "--device cuda: torch sees no GPU; check nvidia-smi and that torch is a CUDA build, "
-            "or use --device cpu"
-        )
-    # The first that the process sees, and never another.
-    return torch.device("cuda:0" if name == "cuda" else name)
-
-
-def _precision(asked: Precision, device: torch.device) -> Precision:
-    """What `auto` means on this device; raises ModelDemoError where the device cannot."""
-    if asked == "auto":
-        return "fp16" if device.type == "cuda" else "fp32"
-    if asked in quantised.BITS:
-        instead = "set precision to auto and low_resource to False"
-        if device.type != "cuda":
-            raise ModelDemoError(f"model.precision: {asked} weights need a GPU; {instead}")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ModelDemoError(
-                f"model.precision: {asked} weights need bitsandbytes; install it, or {instead}"
-            )
-    if asked == "fp16" and device.type != "cuda":
-        raise ModelDemoError(
-            "model.precision: fp16 needs a GPU; on a CPU set it to auto, fp32 or bf16"
-        )
-    if asked == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise ModelDemoError(
-            "model.precision: this GPU has no bf16, which came with Ampere; set it to fp16"
-        )
-    return asked

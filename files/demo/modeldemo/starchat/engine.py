@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
 from transformers.models.gpt_bigcode.configuration_gpt_bigcode import GPTBigCodeConfig
 from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeForCausalLM
 
+from ..device import choose_device, choose_precision
 from ..engine import (
     BadRequest,
     Conversation,
@@ -30,8 +31,8 @@ from ..engine import (
     Turn,
 )
 from ..hub_folder import Settings
-from ..pretrained import choose_device, choose_precision, read_config, tensors
 from ..pretrained import load as load_weights
+from ..pretrained import read_config, tensors
 from .tokenizer import Text, Tokenizer
 
 log = logging.getLogger("modeldemo")

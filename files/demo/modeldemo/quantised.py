@@ -1,4 +1,4 @@
-"""Puts bitsandbytes' 8-bit and 4-bit layers into a LLaMA that has no weights yet."""
+"""Puts bitsandbytes' 8-bit and 4-bit layers into a model that has no weights yet."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from ..precision import Precision
+from .precision import Precision
 
 BITS = ("8bit", "4bit")
 
@@ -28,16 +27,17 @@ class Quantiser:
         return quantised
 
 
-def prepare(llama: LlamaForCausalLM, precision: Precision, dtype: torch.dtype) -> Quantiser:
-    """Exchange every Linear of the layers, as transformers does; lm_head stays as it is.
+def prepare(model: nn.Module, precision: Precision, dtype: torch.dtype) -> Quantiser:
+    """Exchange every Linear of a language model, as transformers does; lm_head stays as it is.
 
-    8bit is LLM.int8() with outliers above 6.0 kept apart; 4bit is nf4 that computes in `dtype`.
+    The names are those of its state_dict. 8bit is LLM.int8() with outliers above 6.0 kept apart;
+    4bit is nf4 that computes in `dtype`.
     """
     import bitsandbytes as bnb
 
     names = set()
-    for name, module in list(llama.model.layers.named_modules()):
-        if not isinstance(module, nn.Linear):
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or name == "lm_head":
             continue
         size = (module.in_features, module.out_features, module.bias is not None)
         new: nn.Module
@@ -46,8 +46,8 @@ def prepare(llama: LlamaForCausalLM, precision: Precision, dtype: torch.dtype) -
         else:
             new = bnb.nn.Linear4bit(*size, compute_dtype=dtype, quant_type="nf4", device="meta")
         parent, _, leaf = name.rpartition(".")
-        setattr(llama.model.layers.get_submodule(parent), leaf, new)
-        names.add(f"llama.model.layers.{name}.weight")
+        setattr(model.get_submodule(parent), leaf, new)
+        names.add(f"{name}.weight")
     if precision == "8bit":
         return Quantiser(
             frozenset(names),
