@@ -19,6 +19,7 @@ from gpufleet.managed import operations as managed
 from gpufleet.python_env import operations as environments
 from gpufleet.python_env.conda import digests
 from gpufleet.settings import Settings
+from gpufleet.shell import Hidden
 from gpufleet.upstream import operations as checkouts
 from gpufleet.upstream import plan as upstream
 from gpufleet.weights.plan import folder, version
@@ -91,7 +92,7 @@ def demo() -> None:
     environments.prune(name="Remove older environments", root=root, keep=kept)
 
 
-def _users(settings: Settings) -> str | None:
+def _users(settings: Settings) -> Hidden | None:
     """What the file with users and passwords on this machine says, None without one.
 
     Raises FleetError where it cannot be read or says nothing.
@@ -100,7 +101,7 @@ def _users(settings: Settings) -> str | None:
     if path is None:
         return None
     try:
-        return users(Path(path).expanduser().read_text("utf-8"), path)
+        return Hidden(users(Path(path).expanduser().read_text("utf-8"), path))
     except (OSError, UnicodeDecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
         raise FleetError(

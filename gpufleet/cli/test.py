@@ -53,6 +53,7 @@ FOLDERS = {
     Part.long: (
         "tests/lab/test_hosts_driver.py",
         "tests/lab/test_hosts_driver_faults.py",
+        "tests/lab/test_hosts_processes.py",
         "tests/lab/test_hosts_push.py",
         "tests/lab/test_hosts_swarm.py",
         "tests/lab/test_hosts_ubuntu.py",

@@ -120,13 +120,13 @@ class DemoProcesses(FactBase[Service]):
 
 # $1 path, and on stdin what it shall hold: neither is that ever printed, nor a digest of it.
 _SECRET = r"""
-if [ -f "$1" ]; then cmp -s - "$1" && stat -c 'same %a %U' "$1" || echo other; fi
+if [ -f "$1" ]; then cmp -s - "$1" && [ -O "$1" ] && stat -c 'same %a' "$1" || echo other; fi
 """
 
 
 class Secret(FactBase[str]):
-    """Whether a file holds what stdin says, its mode and its owner: `same 600 root`, `other`, or
-    empty where there is no file."""
+    """Whether a file of root's holds what stdin says, and its mode: `same 600`, `other`, or empty
+    where there is no file."""
 
     def command(self, path: str) -> StringCommand:
         return script(_SECRET, path)

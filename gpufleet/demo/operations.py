@@ -24,7 +24,7 @@ from gpufleet.demo.plan import (
 )
 from gpufleet.gateway.plan import Balancer
 from gpufleet.managed.facts import STATE
-from gpufleet.shell import failing, script
+from gpufleet.shell import Hidden, failing, script
 
 # $1 folder of the deploy, $2 digest. The rename makes the application whole or absent.
 _UNPACK = r"""set -e
@@ -90,10 +90,9 @@ exit 1
 """
 )
 
-# $1 what tells nginx whom to ask, $2 its user, $3 address:port, $4 unit, $5 `restart`,
-# or `stop` and $6 its file. It
-# gets no more questions and ends those that it has; then it is the only one that is away. Where it
-# does not come back, the others go on as they are.
+# $1 what tells nginx whom to ask, $2 its user, $3 address:port, $4 unit, $5 `restart`, or `stop`
+# and $6 its file. It gets no more questions and ends those that it has; then it is the only one
+# that is away. Where it does not come back, the others go on as they are.
 _IN_TURN = (
     _WHY
     + rf"""
@@ -106,7 +105,8 @@ trap 'exit 1' HUP INT PIPE TERM
 front drain || exit 1
 systemctl reset-failed "$4" 2>/dev/null
 case $5 in
-  stop) systemctl disable --quiet --now "$4" && rm -f "$6" {STATE}/written"$6" ;;
+  stop) systemctl disable --quiet --now "$4" &&
+    rm -f "$6" {STATE}/written"$6" {STATE}/originals"$6".absent ;;
   restart) systemctl restart "$4" 2>/dev/null || why "$4" ;;
 esac
 """
@@ -134,17 +134,17 @@ def application(*, root: str, app: Application) -> Generator[FileUploadCommand |
 
 
 @operation()
-def kept(*, path: str, content: str | None) -> Generator[StringCommand]:
+def kept(*, path: str, content: Hidden | None) -> Generator[StringCommand]:
     """Keep a secret in a file that is root's alone; None: no such file.
 
     It travels on standard input, and nothing that is printed shows it or a digest of it.
     """
-    found = host.get_fact(Secret, path=path, _stdin=content or "")
+    found = host.get_fact(Secret, path=path, _stdin=content or Hidden(""))
     if content is None and not found:
         host.noop("no secret is kept")
     elif content is None:
         yield StringCommand("rm -f", QuoteString(path))
-    elif found == "same 600 root":
+    elif found == "same 600":
         host.noop("the secret is kept")
     else:
         yield StringCommand(script(_KEEP, path), _stdin=content)

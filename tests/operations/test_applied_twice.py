@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from gpufleet.catalog import WeightFile
 from gpufleet.demo import operations as demo
 from gpufleet.demo.plan import pack
 from gpufleet.python_env import operations as python_env
-from gpufleet.shell import failing
+from gpufleet.shell import Hidden, failing
 from gpufleet.shell import script as shell_script
 from gpufleet.weights import operations as weights
 from gpufleet.weights.plan import Progress, folder, staging, version
@@ -304,6 +305,43 @@ class TestTheApplication:
         assert apply(demo.prune, root=str(root), keep=new.digest).did_change()
         assert [path.name for path in (root / "app").iterdir()] == [new.digest]
         assert not apply(demo.prune, root=str(root), keep=new.digest).did_change()
+
+
+class TestASecret:
+    WORD = 'me:a "battery" $word\n'
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        return tmp_path / "the host" / "secrets" / "auth"
+
+    def keep(self, path: Path, content: str | None) -> OperationMeta:
+        return apply(demo.kept, path=str(path), content=Hidden(content) if content else None)
+
+    def test_is_kept_for_its_owner_alone_and_then_nothing_changes(self, path: Path):
+        assert self.keep(path, self.WORD).did_change()
+        assert path.read_text() == self.WORD
+        assert [one.stat().st_mode & 0o777 for one in (path, path.parent)] == [0o600, 0o700]
+        assert not self.keep(path, self.WORD).did_change()
+
+    def test_that_changed_or_that_others_may_read_is_kept_anew(self, path: Path):
+        self.keep(path, "me:another word\n")
+        assert self.keep(path, self.WORD).did_change()
+        path.chmod(0o644)
+        assert self.keep(path, self.WORD).did_change()
+        assert (path.read_text(), path.stat().st_mode & 0o777) == (self.WORD, 0o600)
+
+    def test_goes_where_none_is_wanted(self, path: Path):
+        self.keep(path, self.WORD)
+        assert self.keep(path, None).did_change()
+        assert not path.exists()
+        assert not self.keep(path, None).did_change()
+
+    def test_is_in_nothing_that_pyinfra_says(self, path: Path, caplog: pytest.LogCaptureFixture):
+        with caplog.at_level(logging.DEBUG):
+            self.keep(path, self.WORD)
+            self.keep(path, self.WORD)
+        assert str(path) in caplog.text
+        assert "battery" not in caplog.text
 
 
 def test_environments_that_no_lock_asks_for_go_and_the_one_in_use_stays(tmp_path: Path):
