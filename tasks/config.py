@@ -1,6 +1,8 @@
-"""Renders the two YAML files that the model is configured by."""
+"""Renders the YAML files that the model is configured by."""
 
 from __future__ import annotations
+
+from pathlib import PurePosixPath
 
 from pyinfra import host
 from pyinfra.api import DeployError, deploy
@@ -14,11 +16,12 @@ from tasks import current, weight_files
 
 @deploy("config")
 def config() -> None:
-    """Write minigpt4.yaml and minigpt4_eval.yaml."""
+    """Write minigpt4.yaml and minigpt4_eval.yaml, or what else the model's system reads."""
     settings, model = current()
     weights = folder(settings.root, version(settings.model_id, weight_files(settings, model)[0]))
     try:
         wanted = files(settings, model, weights)
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
-    managed.files(name="Write minigpt4.yaml and minigpt4_eval.yaml", wanted=wanted)
+    names = " and ".join(PurePosixPath(file.path).name for file in wanted)
+    managed.files(name=f"Write {names}", wanted=wanted)

@@ -22,6 +22,7 @@ from gpufleet.preflight.local import missing_programs
 from gpufleet.preflight.plan import (
     driver_findings,
     findings,
+    idle_gpus,
     part_findings,
     torch_findings,
 )
@@ -35,6 +36,7 @@ from gpufleet.settings import Settings, parse
 from gpufleet.upstream import plan as upstream
 from gpufleet.weights.local import check_source
 from gpufleet.weights.local import files as weight_files
+from tasks import warn
 from tasks.upstream import head
 
 # One report a run: pyinfra loads the deploy once a host, and the first host that comes here asks
@@ -95,6 +97,8 @@ def _check(one: Host) -> list[str]:
             )
             cuda = settings.accelerator == "cuda" and picture is not None and picture.gpus
             verdict = _driver(settings, drivers) if cuda else None
+            if picture is not None and (idle := idle_gpus(settings, picture)) is not None:
+                warn("preflight", idle)
     except EOFError:  # pyinfra asks for sudo's password, and nobody is there to give it
         message = "sudo asks for a password: connect as root or allow sudo without a password"
         return [*found, message]

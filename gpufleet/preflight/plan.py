@@ -151,6 +151,16 @@ def torch_findings(accelerator: str, made: Iterable[Recipe]) -> list[str]:
     ]
 
 
+def idle_gpus(settings: Settings, picture: HostPicture) -> str | None:
+    """What to tell a person whose GPU would stand idle: it may be meant so."""
+    if settings.accelerator != "cpu" or not picture.gpus:
+        return None
+    return (
+        f"this host has {len(picture.gpus)} NVIDIA GPU{'s' * (len(picture.gpus) > 1)}, and "
+        "accelerator is cpu: the model will not use it; set accelerator to cuda"
+    )
+
+
 def driver_findings(
     settings: Settings, kernels: KernelPicture, gpus: GpuPicture, drivers: Drivers
 ) -> list[str]:

@@ -29,6 +29,7 @@ from gpufleet.preflight.plan import (
     HostPicture,
     driver_findings,
     findings,
+    idle_gpus,
     parse,
     part_findings,
     precision_findings,
@@ -468,3 +469,11 @@ def test_torch_without_cuda_is_a_finding_where_there_shall_be_a_gpu():
     assert line.startswith("environment own has torch==2.0.0+cpu, which is torch without CUDA")
     assert torch_findings("cpu", [made("torch==2.0.0+cpu")]) == []
     assert torch_findings("cuda", [made("torch==2.0.0+cu118")]) == []
+
+
+def test_a_gpu_that_the_model_will_not_use_is_told_and_stops_nothing():
+    cpu, cuda = (parse_settings({"accelerator": one}, "host") for one in ("cpu", "cuda"))
+    two = replace(GOOD, gpus=("0x20b5", "0x20b5"))
+    assert "this host has 2 NVIDIA GPUs, and accelerator is cpu" in str(idle_gpus(cpu, two))
+    assert idle_gpus(cuda, two) is None
+    assert idle_gpus(cpu, GOOD) is None
