@@ -74,10 +74,11 @@ class Applications(FactBase[dict[str, str]]):
         return dict(line.split("\t", 1) for line in output)
 
 
-# $1 address, $2 picture, $3 seconds, $4 request with the picture left out. The picture goes from
-# the disk into the request without a command line's limit.
+# $1 address, $2 picture or nothing, $3 seconds, $4 request with the picture left out. The picture
+# goes from the disk into the request without a command line's limit.
 _ASK = r"""
-{ printf '%s' "${4%%PICTURE*}"; base64 -w 0 "$2"; printf '%s' "${4#*PICTURE}"; } |
+if [ -z "$2" ]; then printf '%s' "$4"
+else printf '%s' "${4%%PICTURE*}"; base64 -w 0 "$2"; printf '%s' "${4#*PICTURE}"; fi |
   curl -sS -m "$3" -H 'Content-Type: application/json' --data-binary @- \
     "$1/v1/chat/completions" 2>&1 || :
 """
@@ -93,7 +94,7 @@ class DemoAnswer(FactBase[Answer]):
         content = [*([url] if picture else []), {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         request = {"model": model, "messages": messages, "temperature": 0}
-        return script(_ASK, address, picture or "/dev/null", str(timeout), json.dumps(request))
+        return script(_ASK, address, picture or "", str(timeout), json.dumps(request))
 
     @staticmethod
     def default() -> Answer:

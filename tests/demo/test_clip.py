@@ -10,9 +10,11 @@ from modeldemo import config, systems
 from modeldemo.clip import labels
 from modeldemo.clip.engine import middle
 from modeldemo.engine import BadRequest, Conversation, ModelDemoError, OutOfMemory, Sampling, Turn
+from modeldemo.pretrained import read_config
 from PIL import Image
 from tokenizers import Tokenizer
 from torch.nn.functional import conv2d, layer_norm, linear
+from transformers import CLIPConfig, CLIPModel
 
 CATS = ["a photo of a cat", "a photo of a dog", "a red square", "the number 7, twice"]
 
@@ -23,6 +25,15 @@ def load(folder, tmp_path, **keys):
     values = {"arch": "clip", "path": str(folder)} | keys
     file.write_text(json.dumps({"model": values}))
     return systems.load(config.load(None, file, []), "cpu", "tiny")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny matrices: threads would wait for each other, the longer the busier the machine is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +140,7 @@ def test_the_numbers_are_those_of_the_published_description(made, engine, size):
     expected, scale = original(made.folder, picture, CATS)
     assert (exact(engine, picture, CATS) - expected).abs().max() <= 1e-4
     # and they are no coincidence of small or equal numbers
-    assert expected.abs().max() > 0.1
+    assert expected.abs().max() > 0.05
     assert expected.std() > 0.01
     written = {s.label: s for s in labels.parse(ask(engine, picture, "\n".join(CATS)))}
     shares = (expected * scale).softmax(0)
@@ -325,3 +336,57 @@ def test_a_damaged_folder_is_one_line_that_names_it(copy, tmp_path, damage, mess
 def test_quantised_weights_are_refused(made, tmp_path):
     with pytest.raises(ModelDemoError, match=r"model.precision is 8bit; CLIP"):
         load(made.folder, tmp_path, precision="8bit")
+
+
+def test_the_published_configuration_is_read(tmp_path):
+    """With what configurations of its time held, of which 5.23 knows much no more."""
+    of_its_time = {
+        "_name_or_path": "",
+        "add_cross_attention": False,
+        "architectures": None,
+        "bad_words_ids": None,
+        "cross_attention_hidden_size": None,
+        "do_sample": False,
+        "early_stopping": False,
+        "hidden_act": "quick_gelu",
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+        "is_decoder": False,
+        "max_length": 20,
+        "num_beams": 1,
+        "output_scores": False,
+        "prefix": None,
+        "problem_type": None,
+        "projection_dim": 512,
+        "pruned_heads": {},
+        "task_specific_params": None,
+        "temperature": 1.0,
+        "tie_encoder_decoder": False,
+        "tokenizer_class": None,
+        "top_k": 50,
+        "torch_dtype": None,
+        "torchscript": False,
+        "transformers_version": "4.16.0.dev0",
+        "use_bfloat16": False,
+    }
+    text = {"model_type": "clip_text_model", "bos_token_id": 0, "eos_token_id": 2}
+    text |= {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+    vision = {"model_type": "clip_vision_model", "bos_token_id": None, "pad_token_id": None}
+    vision |= {"hidden_size": 768, "intermediate_size": 3072, "patch_size": 32, "image_size": 224}
+    published = {
+        "architectures": ["CLIPModel"],
+        "initializer_factor": 1.0,
+        "logit_scale_init_value": 2.6592,
+        "model_type": "clip",
+        "projection_dim": 512,
+        "text_config": of_its_time | text,
+        "text_config_dict": None,
+        "transformers_version": None,
+        "vision_config": of_its_time | vision,
+        "vision_config_dict": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    with torch.device("meta"):
+        model = CLIPModel(read_config(tmp_path, CLIPConfig))
+    # What OpenAI's notebook counts for ViT-B/32.
+    assert sum(parameter.numel() for parameter in model.parameters()) == 151_277_313
+    assert model.text_model.eos_token_id == 2  # the label's vector is that of its highest id

@@ -17,6 +17,7 @@ from tokenizers import decoders as token_decoders
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.clip.configuration_clip import CLIPConfig
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.gpt_bigcode.configuration_gpt_bigcode import GPTBigCodeConfig
@@ -88,10 +89,10 @@ def clip(folder: Path) -> Written:
     config = CLIPConfig(
         text_config={
             "vocab_size": size,
-            "hidden_size": 24,
-            "intermediate_size": 48,
+            "hidden_size": 128,
+            "intermediate_size": 512,
             "num_hidden_layers": 2,
-            "num_attention_heads": 4,
+            "num_attention_heads": 2,
             "projection_dim": 16,
             "bos_token_id": 0,
             # The published configuration says 2, which no label ends with.
@@ -99,17 +100,17 @@ def clip(folder: Path) -> Written:
             "pad_token_id": 1,
         },
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
+            "hidden_size": 64,
+            "intermediate_size": 256,
             "num_hidden_layers": 2,
-            "num_attention_heads": 4,
+            "num_attention_heads": 1,
             "image_size": 32,
             "patch_size": 8,
             "projection_dim": 16,
         },
         projection_dim=16,
     )
-    model = _random(CLIPModel(config), 0.5)
+    model = _random(CLIPModel(config), 0.2)
     with torch.no_grad():
         model.logit_scale.fill_(2.6592)
     _write_config(folder, config.to_dict() | {"architectures": ["CLIPModel"]})
@@ -146,7 +147,7 @@ def _write_clip_tokenizer(folder: Path) -> int:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = list(bytes_to_unicode().values())
     trainer = BpeTrainer(
         vocab_size=1000,
         initial_alphabet=alphabet,

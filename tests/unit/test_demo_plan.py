@@ -501,11 +501,11 @@ class TestTheQuestionThatAHostAsksItself:
         thread.join()
         server.server_close()
 
-    def ask(self, sh, port: int, picture: Path, question: str) -> Answer:
+    def ask(self, sh, port: int, picture: Path | None, question: str) -> Answer:
         command = DemoAnswer().command(
             address=f"http://127.0.0.1:{port}",
             model="pico",
-            picture=str(picture),
+            picture=str(picture) if picture else None,
             question=question,
             timeout=10,
         )
@@ -537,6 +537,14 @@ class TestTheQuestionThatAHostAsksItself:
         prefix, _, data = url["image_url"]["url"].partition(",")
         assert prefix == "data:image/png;base64"
         assert base64.b64decode(data) == picture.read_bytes()
+
+    @pytest.mark.parametrize("question", ["Sort a list", "Is this a PICTURE?"])
+    def test_is_words_alone_for_a_model_without_pictures(
+        self, sh, demo: ThreadingHTTPServer, question: str
+    ):
+        assert self.ask(sh, demo.server_port, None, question) == Answer("Two.")
+        ((_, body),) = demo.asked
+        assert json.loads(body)["messages"][0]["content"] == [{"type": "text", "text": question}]
 
     def test_gets_the_reason_when_nobody_listens(
         self, sh, demo: ThreadingHTTPServer, tmp_path: Path

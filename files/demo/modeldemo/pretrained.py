@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from .engine import ModelDemoError
-from .hub_folder import Settings
+from .hub_folder import weight_files
 from .minigpt4.checkpoints import read
-from .minigpt4.files import shards
 from .precision import Precision
 
 C = TypeVar("C", bound=PreTrainedConfig)
@@ -84,44 +83,57 @@ def choose_precision(asked: Precision, device: torch.device) -> Precision:
     return asked
 
 
-def load(model: nn.Module, settings: Settings, device: torch.device, precision: Precision) -> None:
+def load(
+    model: nn.Module,
+    tensors: Iterable[tuple[Path, str, Tensor]],
+    folder: Path,
+    device: torch.device,
+    precision: Precision,
+) -> None:
     """Give a model that was built on the meta device its weights, in evaluation mode.
 
-    Tensors of the files that the model does not have are left out. Raises ModelDemoError, one
-    line, for a missing or misshapen tensor, an unreadable file and a device that is too small.
+    `tensors` are those of the folder's files, each with its file. Those that the model does not
+    have are left out. Raises ModelDemoError, one line, for a missing or misshapen tensor and a
+    device that is too small.
     """
     if precision in QUANTISED:
         _quantise(model, precision)
     wanted = dict(model.named_parameters())  # tied ones once
     missing = set(wanted)
     dtype = DTYPES.get(precision, torch.float16)
-    with _enough_memory(settings.folder):
-        for file in shards(settings.folder):
-            for name, value in _tensors(file):
-                if name in missing:
-                    _check(file, name, value, wanted[name])
-                    _put(model, name, value.to(dtype=dtype, copy=True), device)
-                    missing.remove(name)
+    with _enough_memory(folder):
+        for file, name, value in tensors:
+            if name in missing:
+                _check(file, name, value, wanted[name])
+                _put(model, name, value.to(dtype=dtype, copy=True), device)
+                missing.remove(name)
     if missing:
         raise ModelDemoError(
-            f"{settings.folder}: {min(missing)} is in none of its files ({len(missing)} of "
+            f"{folder}: {min(missing)} is in none of its files ({len(missing)} of "
             f"{len(wanted)} tensors missing); copy the whole folder"
         )
     model.tie_weights()  # type: ignore[operator]
     model.requires_grad_(False).eval()
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    if file.suffix != ".safetensors":
-        yield from ((k, v) for k, v in read(file).items() if isinstance(v, Tensor))
-        return
-    try:
-        with safe_open(file, framework="pt") as source:
-            for name in source.keys():  # noqa: SIM118  # it is no dictionary
-                yield name, source.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ModelDemoError(f"{file}: cannot be read ({reason}); fetch the file again") from error
+def tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """Every tensor of the folder's weights with its file and name, mapped, one at a time.
+
+    Raises ModelDemoError for a file that cannot be read.
+    """
+    for file in weight_files(folder):
+        if file.suffix != ".safetensors":
+            yield from ((file, k, v) for k, v in read(file).items() if isinstance(v, Tensor))
+            continue
+        try:
+            with safe_open(file, framework="pt") as source:
+                for name in source.keys():  # noqa: SIM118  # it is no dictionary
+                    yield file, name, source.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ModelDemoError(
+                f"{file}: cannot be read ({reason}); fetch the file again"
+            ) from error
 
 
 def _check(file: Path, name: str, value: Tensor, wanted: Tensor) -> None:
@@ -157,9 +169,8 @@ def _quantise(model: nn.Module, precision: Precision) -> None:
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_compute_dtype": torch.float16,
         }
-    replace_with_bnb_linear(
-        model, modules_to_not_convert=["lm_head"], quantization_config=BitsAndBytesConfig(**how)
-    )
+    chosen = BitsAndBytesConfig(**how)  # type: ignore[no-untyped-call]
+    replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=chosen)
 
 
 @contextmanager

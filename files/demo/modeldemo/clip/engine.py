@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.models.clip.configuration_clip import CLIPConfig
+from transformers.models.clip.configuration_clip import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
@@ -24,8 +30,9 @@ from ..engine import (
     Turn,
 )
 from ..hub_folder import Settings
-from ..pretrained import choose_device, choose_precision, load, read_config
-from . import labels
+from ..pretrained import choose_device, choose_precision, load, read_config, tensors
+from . import labels, openai
+from .settings import WORDS, archive
 
 log = logging.getLogger("modeldemo")
 
@@ -60,7 +67,7 @@ class ClipEngine:
         self._tokens.no_truncation()
         self._end = int(tokenizer.eos_token_id)
         self._device = model.logit_scale.device
-        self.context = int(model.config.text_config.max_position_embeddings)
+        self.context = model.text_model.embeddings.position_embedding.num_embeddings
 
     @classmethod
     def load(cls, settings: Settings, device: str, model_id: str) -> ClipEngine:
@@ -69,26 +76,11 @@ class ClipEngine:
         # Half a gigabyte fits everywhere, and the numbers are the answer.
         auto = settings.precision == "auto"
         precision = choose_precision("fp32" if auto else settings.precision, where)
-        config = read_config(folder, CLIPConfig)
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-            processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            # The libraries raise plain exceptions of many kinds for broken files.
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise ModelDemoError(
-                f"{folder}: the tokenizer's files or preprocessor_config.json cannot be read "
-                f"({reason}); fetch them again"
-            ) from error
-        if len(tokenizer) != config.text_config.vocab_size:
-            raise ModelDemoError(
-                f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json "
-                f"{config.text_config.vocab_size}; the two belong to different models: fetch both "
-                "from one place"
-            )
+        found = _openai(folder) if archive(folder) else _hugging_face(folder)
+        config, tokenizer, processor, weights = found
         with torch.device("meta"):
             model = CLIPModel(config)
-        load(model, settings, where, precision)
+        load(model, weights, folder, where, precision)
         for part in (model.text_model.embeddings, model.vision_model.embeddings):
             # Not in the files; made on the meta device with the rest.
             count = part.position_embedding.num_embeddings
@@ -161,6 +153,44 @@ class ClipEngine:
         return _unit(found.pooler_output)
 
 
+_Found = tuple[CLIPConfig, CLIPTokenizer, CLIPImageProcessorPil, Iterable[tuple[Path, str, Tensor]]]
+
+
+def _hugging_face(folder: Path) -> _Found:
+    config = read_config(folder, CLIPConfig)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # The libraries raise plain exceptions of many kinds for broken files.
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ModelDemoError(
+            f"{folder}: the tokenizer's files or preprocessor_config.json cannot be read "
+            f"({reason}); fetch them again"
+        ) from error
+    words = cast(CLIPTextConfig, config.text_config).vocab_size
+    if len(tokenizer) != words:
+        raise ModelDemoError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json {words}; the two "
+            "belong to different models: fetch both from one place"
+        )
+    return config, tokenizer, processor, tensors(folder)
+
+
+def _openai(folder: Path) -> _Found:
+    file = archive(folder)
+    assert file
+    original = openai.read(file)
+    config = openai.configuration(original)
+    tokenizer = openai.tokenizer(folder / WORDS, len(original["token_embedding.weight"]))
+    side = cast(int, cast(CLIPVisionConfig, config.vision_config).image_size)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    weights = ((file, name, value) for name, value in openai.named(original).items())
+    return config, tokenizer, processor, weights
+
+
 def middle(image: Image.Image) -> Image.Image:
     """The picture, or the middle of a strip: longer sides are cut to LONGEST times the shorter."""
     width, height = (min(side, LONGEST * min(image.size)) for side in image.size)
@@ -169,4 +199,5 @@ def middle(image: Image.Image) -> Image.Image:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return vectors.float() / vectors.float().norm(dim=-1, keepdim=True)
+    length: Tensor = vectors.float().norm(dim=-1, keepdim=True)
+    return vectors.float() / length

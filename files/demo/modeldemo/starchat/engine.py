@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from ..engine import (
     Turn,
 )
 from ..hub_folder import Settings
-from ..pretrained import choose_device, choose_precision, read_config
+from ..pretrained import choose_device, choose_precision, read_config, tensors
 from ..pretrained import load as load_weights
 from .tokenizer import Text, Tokenizer
 
@@ -83,7 +83,7 @@ class StarChatEngine:
             )
         with torch.device("meta"):
             model = GPTBigCodeForCausalLM(config)
-        load_weights(model, settings, where, precision)
+        load_weights(model, tensors(settings.folder), settings.folder, where, precision)
         log.info("%s: StarChat in %s on %s", model_id, precision, where)
         return cls(model_id, model, tokenizer)
 
@@ -101,10 +101,11 @@ class StarChatEngine:
 
     def _prompt(self, conversation: Conversation, sampling: Sampling) -> list[int]:
         room = self.context - min(sampling.max_new_tokens, self.context // 2)
-        ids = self._tokenizer.prompt(conversation)
-        while len(ids) > room and len(conversation.turns) > 1:
-            conversation = replace(conversation, turns=conversation.turns[2:])
-            ids = self._tokenizer.prompt(conversation)
+        system, *turns = self._tokenizer.parts(conversation)
+        ids = self._tokenizer.joined([system, *turns])
+        while len(ids) > room and len(turns) > 1:
+            turns = turns[2:]
+            ids = self._tokenizer.joined([system, *turns])
         if len(ids) >= self.context:
             raise BadRequest(
                 f"messages: the question and the system prompt have {len(ids)} tokens, and this "
@@ -199,7 +200,7 @@ class _Choice:
                 "the model's output is not a number: check the weights' hashes, or set "
                 "model.precision to bf16 or fp32"
             )
-        scores = self._scores(ids.to(self._device), logits)
+        scores = self._scores(cast(torch.LongTensor, ids.to(self._device)), logits)
         if self._greedy:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))

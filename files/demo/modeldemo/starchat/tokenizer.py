@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer as Model
@@ -40,7 +41,8 @@ class Tokenizer:
         self.ends = frozenset(special[t] for t in (SYSTEM, USER, ASSISTANT, END, DOCUMENT_END))
         """The tokens that end an answer: its own, and those by which another turn begins."""
         self.size: int = 1 + max(*special.values(), *self._model.get_vocab().values())
-        bytes_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        alphabet: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+        bytes_of = {character: byte for byte, character in alphabet.items()}
         known = {i: t for t, i in self._model.get_vocab().items() if t not in special}
         try:
             self._bytes = {i: bytes(bytes_of[c] for c in t) for i, t in known.items()}
@@ -57,16 +59,23 @@ class Tokenizer:
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """`<|system|>\\n…<|end|>\\n<|user|>\\n…<|end|>\\n<|assistant|>`, a pair for every turn."""
-        ids = self._said(SYSTEM, conversation.system)
-        for turn in conversation.turns:
-            ids += self._said(USER if turn.role == "user" else ASSISTANT, turn.text)
-        return [*ids, self._special[ASSISTANT]]
+        return self.joined(self.parts(conversation))
+
+    def parts(self, conversation: Conversation) -> list[list[int]]:
+        """The ids of the system prompt, and those of each turn."""
+        roles = (USER if turn.role == "user" else ASSISTANT for turn in conversation.turns)
+        said = (self._said(role, t.text) for role, t in zip(roles, conversation.turns, strict=True))
+        return [self._said(SYSTEM, conversation.system), *said]
+
+    def joined(self, parts: list[list[int]]) -> list[int]:
+        """The prompt that the parts make: the assistant's turn is open."""
+        return [*chain.from_iterable(parts), self._special[ASSISTANT]]
 
     def _said(self, role: str, text: str) -> list[int]:
         special = self._special
         return [special[role], *self.encode(f"\n{text}"), special[END], *self.encode("\n")]
 
-    def bytes(self, token: int) -> bytes:
+    def spell(self, token: int) -> bytes:
         """What a token adds to the text: nothing for special tokens and unused ids."""
         return self._bytes.get(token, b"")
 
@@ -84,7 +93,7 @@ class Text:
 
     def add(self, token: int) -> str:
         """The text that is certain now and was not given out before; often empty."""
-        text = self._decode(self._tokenizer.bytes(token))
+        text = self._decode(self._tokenizer.spell(token))
         if not self._begun:
             text = text.lstrip("\n")
             self._begun = bool(text)
