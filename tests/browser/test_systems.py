@@ -60,7 +60,7 @@ def serve(python: Path, model: Path, arch: str, *options: str) -> Iterator[str]:
         return fleets.listens(port) and fleets.get(f"{address}/healthz").status_code == 200
 
     try:
-        fleets.until(answers, "the demo answers", PATIENCE * 2)
+        fleets.until(answers, "the demo answers", PATIENCE * 4)
         yield address
     finally:
         process.terminate()

@@ -5,6 +5,7 @@ Importing it imports gradio, which takes seconds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,17 @@ from typing import Any
 from fastapi import FastAPI
 
 from modeldemo.images import MAX_BYTES
-from modeldemo.page import chat, labels, style
-from modeldemo.page.tame import gr
 from modeldemo.runner import Runner
 from modeldemo.texts import PATHS, TEXTS
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio reads it
+
+import gradio as gr
+
+from modeldemo.page import chat, labels, style
+from modeldemo.page.tame import tame
+
+tame()
 
 
 def build(runner: Runner, examples: Sequence[Path] = ()) -> FastAPI:

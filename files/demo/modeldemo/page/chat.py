@@ -35,7 +35,8 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
     hint = texts.ask if pictures == "none" else texts.picture_first
     alt = texts.picture if pictures == "several" else None
     sessions = parts.Sessions()
-    with parts.page(runner) as page:
+    page = parts.page(runner)
+    with page:
         parts.heading(runner, hint, texts)
         # Kept here rather than taken from the browser: what was said, and the checked upload.
         said, upload = gr.State([]), gr.State(None)

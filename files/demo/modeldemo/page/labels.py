@@ -22,7 +22,8 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
     assert runner.engine
     engine = runner.engine
     sessions = parts.Sessions()
-    with parts.page(runner) as page:
+    page = parts.page(runner)
+    with page:
         parts.heading(runner, texts.labels_hint, texts)
         upload = gr.State(None)
         with gr.Row():

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 from types import SimpleNamespace
 
-from jinja2 import ChoiceLoader, DictLoader
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio reads it
-
 import gradio as gr
 from gradio import processing_utils, queueing, routes
+from jinja2 import ChoiceLoader, DictLoader
 
 log = logging.getLogger("modeldemo")
 
@@ -32,7 +28,7 @@ def _print_exc() -> None:
     log.debug("where it failed", exc_info=error)
 
 
-def _tame() -> None:
+def tame() -> None:
     """Replace what gradio, mounted in an application, does not let its callers choose."""
     # It prints the stack of every call that fails, those of crafted requests too.
     for module in (queueing, routes):
@@ -50,6 +46,3 @@ def _tame() -> None:
     index = index.replace("<head>", f"<head>{FOLLOW}", 1)
     index = TAG + index
     templates.loader = ChoiceLoader([DictLoader({"frontend/index.html": index}), templates.loader])
-
-
-_tame()
