@@ -34,6 +34,9 @@ _SYSTEMD = PurePosixPath("/etc/systemd/system")
 #: A folder that names all units of several processes; it is not there for one.
 PROCESSES = str(_SYSTEMD / f"{TARGET}.wants")
 
+#: Characters that a password has at least; the application refuses shorter ones too.
+SHORTEST = 8
+
 #: Pictures that come with the application, below its folder, and the one that health asks about.
 PICTURES = "modeldemo/pictures"
 PICTURE = f"{PICTURES}/shapes.jpg"
@@ -242,14 +245,23 @@ def users(text: str, path: str) -> str:
 
     Raises FleetError, which names file and line and never shows what the line says.
     """
-    lines = []
+    lines: list[str] = []
+    seen: set[str] = set()
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         user, colon, word = line.partition(":")
+        where = f"demo.auth_file {path} line {number}"
         if not (user and colon and word):
-            raise FleetError(f"demo.auth_file {path} line {number}: write USER:PASSWORD")
+            raise FleetError(f"{where}: write USER:PASSWORD")
+        if len(word) < SHORTEST:
+            raise FleetError(
+                f"{where}: the password has under {SHORTEST} characters; take a longer one"
+            )
+        if user in seen:
+            raise FleetError(f"{where}: this user was named before")
+        seen.add(user)
         lines.append(f"{line}\n")
     if not lines:
         raise FleetError(f"demo.auth_file {path}: no user in it; write USER:PASSWORD lines")

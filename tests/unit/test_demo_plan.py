@@ -572,13 +572,23 @@ class TestUsersAndPasswords:
         assert "--auth-file" not in values["ExecStart"]
 
     def test_travel_without_comments_and_blank_lines(self):
-        assert users("# who\n\n a:pass word \nb:x:y\n", "f") == "a:pass word\nb:x:y\n"
+        kept = "a:pass word\nb:x:y in it\n"
+        assert users("# who\n\n a:pass word \nb:x:y in it\n", "f") == kept
 
-    @pytest.mark.parametrize("line", ["hunter2", ":hunter2", "hunter2:"])
-    def test_that_cannot_be_read_are_refused_without_being_shown(self, line: str):
+    @pytest.mark.parametrize(
+        ("line", "what"),
+        [
+            ("hunter2", "write USER:PASSWORD"),
+            (":hunter2", "write USER:PASSWORD"),
+            ("hunter2:", "write USER:PASSWORD"),
+            ("me:hunter2", "the password has under 8 characters; take a longer one"),
+            ("a:hunter2hunter2", "this user was named before"),
+        ],
+    )
+    def test_that_cannot_be_used_are_refused_without_being_shown(self, line: str, what: str):
         with pytest.raises(FleetError) as refused:
-            users(f"a:b\n{line}\n", "/home/me/users")
-        assert str(refused.value) == "demo.auth_file /home/me/users line 2: write USER:PASSWORD"
+            users(f"a:long enough\n{line}\n", "/home/me/users")
+        assert str(refused.value) == f"demo.auth_file /home/me/users line 2: {what}"
 
     def test_are_refused_where_there_are_none(self):
         with pytest.raises(FleetError, match="no user in it"):

@@ -142,7 +142,7 @@ def conversation(messages: list[_ChatMessage], page: Page) -> Conversation:
     """Turns that take turns: the user's first and last, neighbours of one role joined.
 
     A model that takes no system prompt has one of its own that it was trained with, so a system
-    message goes in front of the first question. Where a model looks at one picture, the last
+    message goes in front of the first question; among labels it has no place. Where a model looks at one picture, the last
     counts. Raises BadRequest when there is no question to answer, and for pictures that
     images.decode_url refuses.
     """
@@ -156,7 +156,8 @@ def conversation(messages: list[_ChatMessage], page: Page) -> Conversation:
     for message, images in zip(messages, pictures, strict=True):
         if message.role == "user" or (message.role == "assistant" and turns):
             role: Literal["user", "assistant"] = message.role
-            before = [] if turns or page.system_prompt else instructions
+            first = not turns and not page.system_prompt and page.kind == "chat"
+            before = instructions if first else []
             if turns and turns[-1].role == role:
                 joined = turns.pop()
                 before, images = [joined.text], joined.images + images
