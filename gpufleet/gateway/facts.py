@@ -14,16 +14,20 @@ name=$1
 shift
 for f in "$@"; do [ -e "$f" ] && echo "there=$f"; done
 [ -e "/etc/systemd/system/$name.service" ] || exit 0
-active=yes enabled=yes fresh=yes
+active=yes enabled=yes
+since() {  # $1 unit, then files: whether it runs as they are
+  started=$(systemctl show --timestamp=us "$1" -p ExecMainStartTimestamp --value)
+  [ "$(systemctl show "$1" -p NeedDaemonReload --value)" = no ] && [ -n "$started" ] &&
+    shift && [ -z "$(find "$@" -newerct "$started" 2>/dev/null)" ] && echo yes || echo no
+}
 for u in "$name.service" "$name-watch.service"; do
   systemctl -q is-active "$u" || active=no
   systemctl -q is-enabled "$u" 2>/dev/null || enabled=no
-  [ "$(systemctl show "$u" -p NeedDaemonReload --value)" = no ] || fresh=no
-  started=$(systemctl show --timestamp=us "$u" -p ExecMainStartTimestamp --value)
-  [ -n "$started" ] && [ -z "$(find "/etc/systemd/system/$u" "/etc/$name/balance" \
-    "/etc/$name/probes" -newerct "$started" 2>/dev/null)" ] || fresh=no
 done
-echo "active=$active"; echo "enabled=$enabled"; echo "fresh=$fresh"
+echo "active=$active"; echo "enabled=$enabled"
+echo "fresh=$(since "$name.service" "/etc/systemd/system/$name.service")"
+echo "watch_fresh=$(since "$name-watch.service" "/etc/systemd/system/$name-watch.service" \
+  "/etc/$name/balance")"
 if [ -r "/run/$name/nginx.conf" ]; then
   sed 's/^\( *server [^ ]* \)down /\1/' "/run/$name/nginx.conf" | sha256sum |
     sed 's/^\([0-9a-f]*\).*/loaded=\1/'

@@ -25,14 +25,14 @@ systemctl unmask --runtime --quiet nginx.service
 systemctl disable --quiet nginx.service
 """
 
-# $1 nginx's unit, $2 that of its watch, $3 program, $4 user, $5 `restart` where they were started
-# from something else. A new configuration alone never costs a connection.
+# $1 nginx's unit, $2 that of its watch, $3 program, $4 user, $5 `restart` where nginx was started
+# from another unit. Anything else that is new never costs a connection.
 _RUN = r"""
 systemctl daemon-reload
 systemctl enable --quiet "$1" "$2"
 systemctl reset-failed "$1" "$2" 2>/dev/null
 since=$(date '+%Y-%m-%d %H:%M:%S')
-systemctl "$5" "$1" 2>/dev/null && systemctl "$5" "$2" 2>/dev/null &&
+systemctl "$5" "$1" 2>/dev/null && systemctl restart "$2" 2>/dev/null &&
   runuser -u "$4" -- "$3" once >/dev/null && exit 0
 line=$(journalctl -u "$1" -u "$2" --since "$since" -o cat | grep -E 'emerg|error' | tail -n 1)
 [ -n "$line" ] || line=$(journalctl -u "$1" --since "$since" -o cat | grep . | tail -n 1)

@@ -132,7 +132,9 @@ class Running:
     """nginx and its watch."""
     enabled: bool = False
     fresh: bool = False
-    """Whether units and program are those that both were started from."""
+    """Whether nginx was started from the unit that is there."""
+    watch_fresh: bool = False
+    """The same of its watch, and of the program that it runs."""
     loaded: str = ""
     """sha256 of the configuration that was marked last, empty if none was."""
     there: tuple[str, ...] = ()
@@ -147,6 +149,7 @@ def parse(lines: Iterable[str]) -> Running:
         active=value.get("active") == "yes",
         enabled=value.get("enabled") == "yes",
         fresh=value.get("fresh") == "yes",
+        watch_fresh=value.get("watch_fresh") == "yes",
         loaded=value.get("loaded", ""),
         there=tuple(path for key, path in pairs if key == "there"),
     )
@@ -159,7 +162,8 @@ def digest(wanted: Iterable[ManagedFile]) -> str:
 
 def is_right(found: Running, configuration: str) -> bool:
     """Whether nginx runs, at boot too, with the configuration of this digest."""
-    return found.active and found.enabled and found.fresh and found.loaded == configuration
+    runs = found.active and found.enabled and found.fresh and found.watch_fresh
+    return runs and found.loaded == configuration
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,8 @@ def test_a_process_that_dies_costs_what_it_was_answering_and_comes_back(
 ) -> None:
     with Load(gateway(two)) as load:
         one.sh(f"systemctl kill -s KILL {unit(0)}")
+        # The kernel takes connections in its name until it is gone.
+        until(lambda: one.show("ActiveState", unit(0)) != "active", "it is dead", 60)
         died = time.monotonic()
         until(lambda: one.show("ActiveState", unit(0)) == "active", "it is back", 120, every=1)
         asked = load.answered

@@ -197,19 +197,21 @@ class TestItsFiles:
         assert (done.returncode, said) == (0, [])
 
 
-STATE = ["there=/etc/x", "active=yes", "enabled=yes", "fresh=yes", "loaded=c1"]
+STATE = ["there=/etc/x", "active=yes", "enabled=yes", "fresh=yes", "watch_fresh=yes", "loaded=c1"]
 
 
 class TestWhatRuns:
     def test_is_read(self):
-        assert parse(STATE) == Running(True, True, True, "c1", ("/etc/x",))
+        assert parse(STATE) == Running(True, True, True, True, "c1", ("/etc/x",))
         assert parse([]) == BalancerState.default() == Running()
 
     def test_is_right_with_the_configuration_in_force(self):
         assert is_right(parse(STATE), "c1")
         assert not is_right(parse(STATE), "c2")
 
-    @pytest.mark.parametrize("line", ["active=no", "enabled=no", "fresh=no", "loaded="])
+    @pytest.mark.parametrize(
+        "line", ["active=no", "enabled=no", "fresh=no", "watch_fresh=no", "loaded="]
+    )
     def test_is_not_right_otherwise(self, line: str):
         assert not is_right(parse([*STATE, line]), "c1")
 
