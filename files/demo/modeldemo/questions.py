@@ -142,9 +142,9 @@ def conversation(messages: list[_ChatMessage], page: Page) -> Conversation:
     """Turns that take turns: the user's first and last, neighbours of one role joined.
 
     A model that takes no system prompt has one of its own that it was trained with, so a system
-    message goes in front of the first question; among labels it has no place. Where a model looks at one picture, the last
-    counts. Raises BadRequest when there is no question to answer, and for pictures that
-    images.decode_url refuses.
+    message goes in front of the first question; among labels it has no place. Where a model looks
+    at one picture, the last counts. Raises BadRequest when there is no question to answer, and for
+    pictures that images.decode_url refuses.
     """
     if messages[-1].role != "user":
         raise BadRequest("messages: the last one must be the user's")
