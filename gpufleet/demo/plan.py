@@ -217,6 +217,7 @@ def front(settings: Settings, count: int) -> Balancer:
         wanted_by=TARGET,
         part_of=TARGET,
         local=True,
+        drain_seconds=settings.demo.max_seconds + 30,
     )
 
 

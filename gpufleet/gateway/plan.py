@@ -18,9 +18,6 @@ GATEWAY = "minigpt4-gateway"
 #: nginx does.
 MAX_BODY = "32m"
 
-#: Seconds that a process which is taken out gets for its last answer: longer than any may take.
-DRAIN_SECONDS = 330
-
 #: The page's idle connections come from here, so that they can be told from work.
 IDLE_ADDRESS = "127.0.0.3"
 
@@ -54,6 +51,8 @@ class Balancer:
     """The unit that it stops with, if any."""
     local: bool = False
     """Whether all it asks are processes of its own host."""
+    drain_seconds: int = 330
+    """What one that is taken out gets for its last answer: longer than any may take."""
 
     @property
     def unit(self) -> str:
@@ -95,7 +94,7 @@ def files(balancer: Balancer) -> tuple[ManagedFile, ...]:
         "cookie": balancer.name.replace("-", "_"),
         "metrics": metrics,
         "max_body": MAX_BODY,
-        "drain_seconds": DRAIN_SECONDS,
+        "drain_seconds": balancer.drain_seconds,
         "idle_address": IDLE_ADDRESS,
         "program": program,
         "folder": str(PurePosixPath(program).parent),

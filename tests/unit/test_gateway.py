@@ -218,3 +218,9 @@ class TestWhatRuns:
     def test_is_known_by_the_configuration_alone(self, fleet: Balancer):
         assert digest(files(fleet)) == digest(files(replace(fleet, title="another")))
         assert digest(files(fleet)) != digest(files(replace(fleet, listen="0.0.0.0:1")))
+
+
+def test_a_process_gets_longer_for_its_last_answer_than_any_answer_may_take():
+    balancer = front(parse_settings({"demo": {"max_seconds": 900}}, "host"), 2)
+    assert balancer.drain_seconds > 900
+    assert f"+ {balancer.drain_seconds}))" in content(balancer, "balance")
