@@ -26,8 +26,6 @@ from gpufleet.errors import FleetError, UsageError
 
 CATALOG = ROOT / "catalog"
 
-NOT_SERVED = "{title}: this version brings its weights to hosts and has no demo of it yet"
-
 
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -222,7 +220,7 @@ class Model(_Entry):
     minigpt4: MiniGPT4 | None = None
     starchat: Checkpoint | None = None
     clip: Checkpoint | None = None
-    health: HealthQuestion | None = None
+    health: HealthQuestion
     examples: RelativePath | None = None
 
     @model_validator(mode="after")
@@ -231,13 +229,9 @@ class Model(_Entry):
         other = [name for name, part in given.items() if part and name != self.system]
         if other:
             raise ValueError(f"a {self.system} has no {other[0].replace('_', '')}")
+        if given[self.system] is None:
+            raise ValueError(f"a {self.system} needs {self.system.replace('_', '')}")
         return self
-
-    @property
-    def served(self) -> bool:
-        """Whether the demo can run it; of the others, the weights can be had."""
-        part = self.minigpt4 or self.starchat or self.clip
-        return part is not None and self.health is not None
 
     @property
     def needs_picture(self) -> bool:
@@ -245,18 +239,10 @@ class Model(_Entry):
         return self.system != "starchat"
 
     @property
-    def question(self) -> HealthQuestion:
-        """What the demo must know. Raises FleetError for a model that is not served yet."""
-        if self.health is None:
-            raise FleetError(NOT_SERVED.format(title=self.title))
-        return self.health
-
-    @property
     def parts(self) -> MiniGPT4 | Checkpoint:
-        """Files and sizes. Raises FleetError for a model that is not served yet."""
+        """Files and sizes."""
         part = self.minigpt4 or self.starchat or self.clip
-        if part is None:
-            raise FleetError(NOT_SERVED.format(title=self.title))
+        assert part is not None  # as the check above saw
         return part
 
 

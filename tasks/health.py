@@ -20,10 +20,10 @@ def health() -> None:
     """Ask the demo about the catalogue's picture, on the host itself."""
     settings, model = current()
     try:
-        question = model.question
         count = processes(settings, gpus(settings))
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
+    question = model.health
     files, _ = weight_files(settings, model)
     here = folder(settings.root, version(settings.model_id, files))
     picture = None

@@ -67,8 +67,6 @@ def _check(one: Host) -> list[str]:
         check_mirrors(settings.mirrors, catalog.mirrors())
     except FleetError as error:
         noted(error)
-    if selected("demo") and not model.served:
-        noted(FleetError(catalog.NOT_SERVED.format(title=model.title)))
     found += upstream.findings(settings, model)
     found += torch_findings(settings.accelerator, made)
     if settings.runtime == "upstream" and selected("upstream"):

@@ -21,7 +21,7 @@ def files(settings: Settings, model: Model, weights: PurePosixPath) -> tuple[Man
     demo.yaml, and upstream's own code upstream.yaml. `weights` is the folder on the host that the
     model's files are in.
 
-    Raises FleetError if a value did not survive the template, or the model is not served.
+    Raises FleetError if a value did not survive the template.
     """
     if settings.runtime == "upstream":
         return upstream_files(settings, model, weights)

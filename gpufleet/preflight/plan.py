@@ -90,8 +90,6 @@ def precision_findings(
     settings: Settings, name: str, model: Model, memory_mib: Iterable[int]
 ) -> list[str]:
     """What speaks against the precision on this accelerator and GPUs of this size, where known."""
-    if not model.served:
-        return []
     usual = model.parts.precision
     asked = settings.demo.precision
     chosen = usual if asked == "auto" else asked
@@ -121,13 +119,13 @@ def precision_findings(
 def part_findings(name: str, model: Model, files: Iterable[WeightFile]) -> list[str]:
     """The parts that the model names and none of its weight sets brings: a line each."""
     paths = {file.path for file in files}
-    if not paths or not model.served:
+    if not paths:
         return []
     parts = model.parts
     named: dict[str, str | None] = {}
     for field_name in ("vit_file", "qformer_file", "llama_dir", "projection_file", "folder"):
         named[field_name] = getattr(parts, field_name, None)
-    named["examples"], named["health.picture"] = model.examples, model.question.picture
+    named["examples"], named["health.picture"] = model.examples, model.health.picture
     return [
         f"model {name} has {what} {place}, and none of its weight sets brings that: correct the "
         "model's file, where no placeholder may stay"

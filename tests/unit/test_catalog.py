@@ -53,8 +53,6 @@ class TestEveryModel:
 
     def test_its_parts_and_its_picture_are_among_its_files(self, name: str):
         model = catalog.model(name)
-        if not model.served:
-            return
         sets = [catalog.weight_set(one) for one in model.weights]
         paths = [one.place(file.path) for one in sets for file in one.files]
         folders = {one.folder for one in sets}
@@ -65,7 +63,7 @@ class TestEveryModel:
         else:
             folder = parts.folder
         assert folder in folders or any(path.startswith(f"{folder}/") for path in paths)
-        assert model.question.picture is None or model.question.picture in paths
+        assert model.health.picture is None or model.health.picture in paths
         assert len(set(paths)) == len(paths)
 
     def test_its_weight_sets_are_in_the_catalogue(self, name: str):
@@ -378,6 +376,13 @@ def test_what_is_no_catalogue_entry_at_all_is_refused_naming_the_file(copy: Path
 def test_a_model_entry_with_another_systems_parts_is_refused(copy: Path):
     message = broken(copy, lambda d: d.update(clip={"folder": "clip"}))
     assert message.endswith("a mini_gpt4 has no clip; correct the catalogue entry")
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [("minigpt4", "a mini_gpt4 needs minigpt4"), ("health", "health: ")]
+)
+def test_a_model_entry_without_its_parts_is_refused(copy: Path, part: str, said: str):
+    assert said in broken(copy, lambda d: d.pop(part))
 
 
 def test_an_own_model_names_weight_sets_that_lie_beside_it(

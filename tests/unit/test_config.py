@@ -167,13 +167,6 @@ def test_a_value_that_does_not_survive_the_template_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_a_model_without_a_demo_is_refused_in_one_line(model_data: dict[str, Any]):
-    model = Model.model_validate({k: v for k, v in model_data.items() if k != "minigpt4"})
-    with pytest.raises(FleetError) as error:
-        files(Settings(), model, PurePosixPath("/w"))
-    assert str(error.value) == catalog.NOT_SERVED.format(title=model.title)
-
-
 OF_MINIGPT4 = [name for name in catalog.names() if catalog.model(name).system == "mini_gpt4"]
 OF_ONE_FOLDER = sorted(set(catalog.names()) - set(OF_MINIGPT4))
 

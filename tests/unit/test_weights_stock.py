@@ -299,7 +299,6 @@ class TestTheCommand:
                 "name": "pico",
                 "title": "MiniGPT-4 pico",
                 "state": "verified",
-                "served": True,
                 "weights": list(MODEL),
             }
         ]

@@ -11,12 +11,12 @@ The document of `fleet weights list --json` (`version` 1); what is unknown is nu
                "files": [{"path": PATH, "state": as above, "bytes": N, "here": N,
                           "sha256": HEX, "known": "catalogue"|"learnt"|"no",
                           "problem": LINE}, …]}, …],
-     "models": [{"name": NAME, "title": TEXT, "state": as above, "served": BOOL,
+     "models": [{"name": NAME, "title": TEXT, "state": as above,
                  "weights": [NAME, …]}, …]}
 
 `here` as a state: whole by its size, and not hashed since it last changed; as a number: bytes that
 are there, of unfinished downloads too. `known` is where the sha256 is from. `next` are commands,
-each of which would complete or mend the set. `served` says whether the demo can run the model.
+each of which would complete or mend the set.
 """
 
 from __future__ import annotations
@@ -168,6 +168,5 @@ def _model(name: str, model: Model, stocks: dict[str, Stock]) -> dict[str, Any]:
         "name": name,
         "title": model.title,
         "state": _state(model, stocks),
-        "served": model.served,
         "weights": list(model.weights),
     }
