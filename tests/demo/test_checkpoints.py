@@ -438,7 +438,9 @@ def test_host_memory_holds_no_more_than_one_shard(tmp_path):
             torch.save(shard, folder / f"{i}.bin", _use_new_zipfile_serialization=zipped)
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
         (folder / "config.json").write_text(json.dumps(sizes))
+    # What is freed goes back to the system at once, so that what is held is measured.
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    path["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, folders)],
         env=path,
@@ -450,8 +452,8 @@ def test_host_memory_holds_no_more_than_one_shard(tmp_path):
     assert shard > 30
     for line, read in zip(done.stdout.splitlines(), (0, shard), strict=True):
         anonymous, resident = (int(kib) / 1024 for kib in line.split())
-        assert anonymous < 8 + read
-        assert resident < 16 + shard
+        assert anonymous < 4 + read
+        assert resident < 8 + shard
 
 
 def test_a_gpu_that_is_not_there_is_refused(made):
