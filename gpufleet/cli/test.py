@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -84,10 +85,16 @@ def run_tests(
     skipped = {part: why for part in wanted if (why := _missing(part))}
     chosen = [part for part in wanted if part not in skipped]
     results: list[_Result] = []
+    first = [ALONE] if Part.lab in chosen and Part.long not in chosen else []
     if Part.unit in chosen:
         results += [_run(*check) for check in _checks()]
-        results += _demo_tests(expression)
-        results.append(_run(OPERATIONS, _pytest(Path(sys.executable), [OPERATIONS], expression)))
+        first.insert(0, OPERATIONS)
+    with ThreadPoolExecutor(1) as beside:
+        # They compute; the others wait for hosts most of the time.
+        demo = beside.submit(_demo_tests, expression) if Part.unit in chosen else None
+        for one in first:
+            results.append(_run(one, _pytest(Path(sys.executable), [one], expression)))
+        results += demo.result() if demo else []
     if Part.long not in wanted:
         print("left out long: it builds the real driver; ./fleet test long runs it", flush=True)
     for part, why in skipped.items():
@@ -102,8 +109,6 @@ def run_tests(
     folders = [folder for part in ordered for folder in FOLDERS[part]]
     command = _pytest(Path(sys.executable), folders, expression)
     if Part.long not in chosen:
-        if Part.lab in chosen:
-            results.append(_run(ALONE, _pytest(Path(sys.executable), [ALONE], expression)))
         command += ["-m", "not long", f"--ignore={ALONE}", *SIDE_BY_SIDE]
     results.append(_run(" ".join(folders), command))
     raise typer.Exit(0 if all(result.ok for result in results) else 1)
@@ -116,16 +121,26 @@ class _Result:
     seconds: float
 
 
-def _run(name: str, command: Sequence[str]) -> _Result:
-    print(f"--- {name}", flush=True)
+def _run(name: str, command: Sequence[str], *, beside: bool = False) -> _Result:
+    """Run a command; one that runs beside others shows what it printed when it has ended."""
+    if not beside:
+        print(f"--- {name}", flush=True)
     started = time.monotonic()
     # The demo's package is not installed in either environment.
     path = os.pathsep.join(filter(None, [str(ROOT / "files" / "demo"), os.getenv("PYTHONPATH")]))
-    code = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=False
-    ).returncode
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+        stdout=subprocess.PIPE if beside else None,
+        stderr=subprocess.STDOUT if beside else None,
+        text=True,
+    )
+    if beside:
+        print(f"--- {name}\n{done.stdout}", end="", flush=True)
     allowed = (0, NO_TESTS) if "-k" in command else (0,)
-    return _Result(name, code in allowed, time.monotonic() - started)
+    return _Result(name, done.returncode in allowed, time.monotonic() - started)
 
 
 def _checks() -> list[tuple[str, list[str]]]:
@@ -195,7 +210,7 @@ def _demo_tests(expression: str | None) -> list[_Result]:
     if python is None:
         print(f"skipped tests/demo: no {PYTHON}, which its environment is locked for", flush=True)
         return []
-    return [_run("tests/demo", _pytest(python, ["tests/demo"], expression, "demo"))]
+    return [_run("tests/demo", _pytest(python, ["tests/demo"], expression, "demo"), beside=True)]
 
 
 def demo_python() -> Path | None:
