@@ -22,6 +22,10 @@ SUPPORTED = {("debian", "12"), ("debian", "13"), ("ubuntu", "22.04"), ("ubuntu",
 #: What conda takes besides the environment, MiB: its installer, itself (0.6 GiB), its packages.
 CONDA_MIB = 1000
 
+#: What cuda.lock takes beyond cpu.lock, MiB: wheels 2750 and environment 5040, for 1400 together.
+#: A model that runs on GPUs alone counts it.
+CUDA_MIB = 6400
+
 #: Left free on the disk after a deploy, MiB: logs, uploads and the next apply need room.
 SPARE_MIB = 256
 
@@ -211,7 +215,9 @@ def findings(
             "use a larger host or a smaller model"
         )
     conda_mib = CONDA_MIB if environment and settings.python_env.manager != "uv" else 0
-    to_come_mib = needed.disk_mib + conda_mib - picture.disk_used_kib // 1024
+    on_both = environment and settings.accelerator == "cuda" and "cpu" in model.accelerators
+    cuda_mib = CUDA_MIB if on_both else 0
+    to_come_mib = needed.disk_mib + conda_mib + cuda_mib - picture.disk_used_kib // 1024
     room_mib = SPARE_MIB + max(to_come_mib, 0)
     if picture.disk_free_kib < room_mib * 1024:
         found.append(

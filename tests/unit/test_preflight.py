@@ -24,6 +24,7 @@ from gpufleet.driver.picture import GpuPicture
 from gpufleet.preflight.facts import Preflight
 from gpufleet.preflight.plan import (
     CONDA_MIB,
+    CUDA_MIB,
     SPARE_MIB,
     SUPPORTED,
     HostPicture,
@@ -84,6 +85,18 @@ def test_conda_needs_room_of_its_own(model: Model):
     (line,) = found(model, conda, disk_free_kib=enough)
     assert f"this deploy needs {SPARE_MIB + model.needs.disk_mib + CONDA_MIB}" in line
     assert found(model, conda, disk_free_kib=enough + CONDA_MIB * 1024) == []
+
+
+def test_torch_for_gpus_takes_its_place_on_the_disk(model: Model):
+    enough = (SPARE_MIB + model.needs.disk_mib) * 1024
+    card = {"gpus": ("0x20b5",), "driver": "580.65.06"}
+    cuda = {"accelerator": "cuda"}
+    (line,) = found(model, cuda, disk_free_kib=enough, **card)
+    assert f"this deploy needs {SPARE_MIB + model.needs.disk_mib + CUDA_MIB}" in line
+    assert found(model, cuda, disk_free_kib=enough + CUDA_MIB * 1024, **card) == []
+    # One that runs on nothing else counts it itself.
+    alone = model.model_copy(update={"accelerators": ("cuda",)})
+    assert found(alone, cuda, disk_free_kib=enough, **card) == []
 
 
 def test_conda_brings_its_own_python(model: Model):
