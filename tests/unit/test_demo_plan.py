@@ -329,6 +329,13 @@ class TestTheUnit:
         file, _ = make(demo={"bind": "fe80::1%eth0"})
         assert re.findall(r"(?<!%)%(?!%)", file.content.replace("%%", "")) == []
 
+    def test_has_root_make_the_gpus_device_files_and_goes_on_without(self, service: Directives):
+        """The service's own account may not, and nobody else need have asked since the boot."""
+        before = dict(service(accelerator="cuda"))["ExecStartPre"]
+        assert before.startswith("-+/bin/sh -c ")
+        assert "nvidia-modprobe -u" in before
+        assert "ExecStartPre" not in dict(service(accelerator="cpu"))
+
     @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")
     @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
     def test_is_good_to_systemd_itself(self, make: Unit, tmp_path: Path, accelerator: str):
