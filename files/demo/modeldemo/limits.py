@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that a service may set; those of pictures are in images.py, of requests in api.py."""
+    """Limits that a service may set; images.py has those of pictures, questions.py of requests."""
 
     waiting: int = 8
     """Questions behind the one that is being answered."""
