@@ -16,6 +16,8 @@ from gpufleet.lab.machine import mounts_below, remove_tree, run, unmount_below
 from gpufleet.lab.network import Subnet
 
 _PROPAGATED = Path("/run/systemd/nspawn/propagate")
+#: Its locks are named after the folder's filesystem and inode, and outlive one that was killed.
+_LOCKS = Path("/run/systemd/nspawn/locks")
 
 # The supervisor runs in one group, each boot in a new one, since nspawn divides it and a divided
 # group takes no process. A boot ends with its nspawn, even one that was killed (cgroup.kill is
@@ -243,6 +245,9 @@ class Container(LabHost):
         propagated = _PROPAGATED / f"gpufleet-{self.name}"
         if propagated.exists():
             propagated.rmdir()
+        if self.root in mounts_below(self.root):
+            root = self.root.stat()
+            (_LOCKS / f"inode-{root.st_dev}:{root.st_ino}").unlink(missing_ok=True)
 
 
 def key_pair(path: Path, comment: str) -> None:

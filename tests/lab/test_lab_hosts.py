@@ -259,6 +259,18 @@ def test_a_dead_host_comes_back_with_its_files(end: str) -> None:
     assert back.run(f"{NAME}-2", f"ping -c 1 -W 5 {back.hosts[0].address}").returncode == 0
 
 
+def test_a_host_that_is_killed_outright_leaves_no_lock() -> None:
+    seen = lab.up(NAME, 2)
+    roots = [seen.root(host).stat() for host in seen.hosts]
+    locks = [NSPAWN_LOCKS / f"inode-{root.st_dev}:{root.st_ino}" for root in roots]
+    assert all(lock.exists() for lock in locks)
+    for host in seen.hosts:
+        (machine.cgroup_root() / f"gpufleet-{host.name}/cgroup.kill").write_text("1")
+    wait_for(lambda: not any(host.running for host in lab.load(NAME).hosts))
+    lab.down(NAME)
+    assert not any(lock.exists() for lock in locks)
+
+
 def test_a_full_disk_is_the_hosts_own() -> None:
     lab.up(NAME, 1)
     seen = lab.up(NAME, 2, disk_mib=96)
