@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -37,6 +38,14 @@ def _deployed(file: str) -> bool:
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
     return ByFile(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """`fleet test` runs pytest several times; who reads only the end learns what failed before."""
+    if said := os.environ.get("GPUFLEET_FAILED_BEFORE"):
+        terminalreporter.section("failed before this", red=True)
+        terminalreporter.write_line(said)
 
 
 def _patched() -> bool:

@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
+from xml.etree import ElementTree
 
 import typer
 
@@ -26,6 +29,9 @@ ALONE = "tests/lab/test_lab_hosts.py"
 
 #: Two processes: hosts that boot and answer leave a core idle most of the time.
 SIDE_BY_SIDE = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
+
+#: Tells the last pytest, which prints it at its end, what failed before it.
+FAILED_BEFORE = "GPUFLEET_FAILED_BEFORE"
 
 #: pytest's exit status when no test was selected.
 NO_TESTS = 5
@@ -102,6 +108,8 @@ def run_tests(
     for result in results:
         state = "ok" if result.ok else "FAILED"
         print(f"{state:6} {result.name} ({result.seconds:.0f} s)", flush=True)
+        for test in result.failed:
+            print(f"       {test}", flush=True)
     if not chosen:
         raise typer.Exit(1)
     # What takes longest begins first, so that both processes end at about the same time.
@@ -110,7 +118,10 @@ def run_tests(
     command = _pytest(Path(sys.executable), folders, expression)
     if Part.long not in chosen:
         command += ["-m", "not long", f"--ignore={ALONE}", *SIDE_BY_SIDE]
-    results.append(_run(" ".join(folders), command))
+    # pytest has the last word: it repeats what failed before it.
+    red = [result for result in results if not result.ok]
+    said = [line for result in red for line in (result.name, *result.failed)]
+    results.append(_run(" ".join(folders), command, {FAILED_BEFORE: "\n".join(said)}))
     raise typer.Exit(0 if all(result.ok for result in results) else 1)
 
 
@@ -119,28 +130,46 @@ class _Result:
     name: str
     ok: bool
     seconds: float
+    failed: tuple[str, ...] = ()
 
 
-def _run(name: str, command: Sequence[str], *, beside: bool = False) -> _Result:
+def _run(
+    name: str,
+    command: Sequence[str],
+    environment: Mapping[str, str] = MappingProxyType({}),
+    *,
+    beside: bool = False,
+) -> _Result:
     """Run a command; one that runs beside others shows what it printed when it has ended."""
     if not beside:
         print(f"--- {name}", flush=True)
     started = time.monotonic()
     # The demo's package is not installed in either environment.
     path = os.pathsep.join(filter(None, [str(ROOT / "files" / "demo"), os.getenv("PYTHONPATH")]))
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-        stdout=subprocess.PIPE if beside else None,
-        stderr=subprocess.STDOUT if beside else None,
-        text=True,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        done = subprocess.run(
+            [*command, f"--junitxml={report}"] if "pytest" in command else command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            check=False,
+            stdout=subprocess.PIPE if beside else None,
+            stderr=subprocess.STDOUT if beside else None,
+            text=True,
+        )
+        failed = tuple(_failures(report)) if report.exists() else ()
     if beside:
         print(f"--- {name}\n{done.stdout}", end="", flush=True)
     allowed = (0, NO_TESTS) if "-k" in command else (0,)
-    return _Result(name, done.returncode in allowed, time.monotonic() - started)
+    return _Result(name, done.returncode in allowed, time.monotonic() - started, failed)
+
+
+def _failures(report: Path) -> Iterator[str]:
+    """What failed by pytest's report in JUnit's XML, a line each: the test and how."""
+    for case in ElementTree.parse(report).iter("testcase"):
+        for bad in (*case.findall("failure"), *case.findall("error")):
+            how = " ".join(bad.get("message", "").split())[:200]
+            yield f"{case.get('classname')}::{case.get('name')}: {how}"
 
 
 def _checks() -> list[tuple[str, list[str]]]:
