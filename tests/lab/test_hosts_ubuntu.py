@@ -22,6 +22,7 @@ import fleets
 import pytest
 from fleets import Done, Fleet, Host, fleet, ok, words
 
+from gpufleet import render
 from gpufleet.errors import FleetError
 from gpufleet.lab import image, machine, sources, state
 
@@ -315,3 +316,21 @@ def test_a_failed_build_that_dkms_hides_is_told_and_mended(built: Server) -> Non
     ok(built.apply())
     assert host.sh(vermagic).split()[0] == new
     assert host.sh(f"stat -c %Z {file.format(old)}") == before
+
+
+def test_the_demos_sandbox_hides_no_gpu_from_it(can_boot: None) -> None:
+    """Some lines of a unit imply a list of devices, after which all others are refused: with the
+    systemd of 22.04, ProtectClock does."""
+    lines = render.text("hardening.j2", accelerator="cuda", loopback=True)
+    name = f"t-{os.getpid()}-sandbox"
+    try:
+        host = fleets.boot(name, 1, "--image", JAMMY.image).hosts[0]
+        for extra in ("", "ProtectClock=yes\n"):
+            unit = f"[Service]\nExecStart=/bin/sleep 60\nUser=nobody\n{lines}\n{extra}"
+            host.path("/etc/systemd/system/sandboxed.service").write_text(unit)
+            host.sh("systemctl daemon-reload && systemctl restart sandboxed")
+            devices = host.sh("systemctl show -p DevicePolicy -p DeviceAllow sandboxed")
+            implied = {"DeviceAllow=char-rtc r"} if extra else set()
+            assert set(devices.splitlines()) == {"DevicePolicy=auto", *implied}
+    finally:
+        fleets.take_down(name)

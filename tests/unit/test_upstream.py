@@ -201,13 +201,6 @@ class TestItsUnit:
         ):
             assert line in text
 
-    def test_is_as_hard_as_the_applications(self):
-        ours, theirs = (
-            (catalog.ROOT / "templates" / name).read_text("utf-8").partition("# Hardening")[2]
-            for name in ("upstream.service.j2", "demo.service.j2")
-        )
-        assert ours.partition("[Install]")[0] == theirs.partition("[Install]")[0] != ""
-
     def test_gets_users_and_passwords_as_a_credential(self):
         text, _ = self.made(demo={"auth_file": "/somewhere/users"})
         assert "LoadCredential=auth:/opt/minigpt4/secrets/auth\n" in text
