@@ -165,9 +165,10 @@ class PythonEnv(_Model):
     """CUDA toolkit to install from NVIDIA's repository, without a driver, such as 11.8: for
     packages that are compiled against it. Unset: none."""
 
-    source: Literal["index", "wheelhouse"] = "wheelhouse"
+    source: Literal["auto", "index", "wheelhouse"] = "auto"
     """`wheelhouse`: the operator's own pip downloads the wheels of the lock, once, and rsync brings
-    them: for hosts with no way out. `index`: each host downloads for itself."""
+    them: for hosts with no way out. `index`: each host downloads for itself. `auto`: index on hosts
+    with GPUs, where they are 2.8 GiB for each host, wheelhouse on others."""
 
     torch_index: str = "https://download.pytorch.org/whl/cpu"
     """Where the build of torch without CUDA comes from when the index that pip is configured with

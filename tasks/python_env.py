@@ -14,7 +14,7 @@ from gpufleet.mirrors.choice import Choice
 from gpufleet.python_env import operations as environments
 from gpufleet.python_env.conda import installer, profile_files, recipes, torch_options
 from gpufleet.python_env.facts import EnvironmentsOnHost
-from gpufleet.python_env.plan import lock_for
+from gpufleet.python_env.plan import each_downloads, lock_for
 from gpufleet.seen import fresh
 from gpufleet.settings import Settings
 from tasks import current, mirror_choice
@@ -35,7 +35,7 @@ def python_env() -> None:
         wanted, unwanted = profile_files(settings)
     except FleetError as error:
         raise DeployError(f"{host.name}: {error}") from None
-    from_index = chosen.source == "index"
+    from_index = each_downloads(settings)
     torch_index = _torch_index(settings, choice)
     if lock is not None:
         environments.environment(

@@ -29,7 +29,7 @@ rm -rf "$new"
 "$python" -m zipfile -e "$wheels"/uv-*.whl "$wheels/uv"
 uv=$(ls "$wheels"/uv/uv-*.data/scripts/uv); chmod 755 "$uv"
 export UV_CACHE_DIR="$root/incoming/cache" UV_PYTHON_DOWNLOADS=never
-export UV_SYSTEM_CERTS=1 UV_NO_PROGRESS=1
+export UV_SYSTEM_CERTS=1 UV_NO_PROGRESS=1 UV_HTTP_RETRIES=5
 "$uv" venv --quiet --no-project --python "$python" "$new"
 "$uv" pip sync --quiet --python "$new/bin/python" --require-hashes "$@" "$wheels/requirements.lock"
 "$uv" pip check --quiet --python "$new/bin/python"
@@ -136,9 +136,11 @@ whole() {
 _CONDA_LOCKED = (
     _FROM_CONDA
     + r"""
+todo="apply again: what came is kept"
+case " $* " in *" --offline "*) ;; *) todo="$todo, or set python_env.source to wheelhouse";; esac
 "$uv" pip install --quiet --python "$python" --require-hashes "$@" \
   -r "$files/requirements.lock" > "$files/log" 2>&1 ||
-  say "uv cannot install the packages of $name" "$files/log" "apply again: what came is kept"
+  say "uv cannot install the packages of $name" "$files/log" "$todo"
 whole checked
 """
 )
@@ -228,7 +230,7 @@ def environment(
     incoming = f"{root}/incoming/{lock.digest}"
     if not (yield from _bring(incoming, [UV_LOCK] if from_index else [UV_LOCK, lock], torch_index)):
         return
-    options = _where(incoming, torch_index if from_index else None)
+    options = _where(incoming, lock, torch_index if from_index else None)
     yield FileUploadCommand(StringIO(lock.text), f"{incoming}/requirements.lock")
     yield script(_MAKE, root, lock.digest, f"/usr/bin/{lock.python}", *options)
 
@@ -251,11 +253,14 @@ def _bring(
     return True
 
 
-def _where(incoming: str, torch_index: str | None) -> list[str]:
+def _where(incoming: str, lock: Lock, torch_index: str | None) -> list[str]:
     """uv's options for where a lock's wheels are: brought, or with an index of torch's builds to be
-    had beside the default one."""
+    had beside the default one where the lock names such builds."""
     if torch_index is None:
         return ["--offline", "--no-index", "--find-links", incoming]
+    if not lock.split()[1]:
+        # uv would take 2.13.0+cpu for a better 2.13.0, and then miss its hash in the lock.
+        return []
     # Safe beside the default index: every file must have the hash that the lock names.
     return ["--index", torch_index, "--index-strategy", "unsafe-best-match"]
 
@@ -301,7 +306,7 @@ def conda_environment(
         return
     yield FileUploadCommand(StringIO(recipe.environment_yml), f"{incoming}/environment.yml")
     if recipe.lock is not None:
-        options = _where(incoming, torch_index if from_index else None)
+        options = _where(incoming, recipe.lock, torch_index if from_index else None)
         yield FileUploadCommand(StringIO(recipe.lock.text), f"{incoming}/requirements.lock")
         yield script(_CONDA_LOCKED, root, digest, recipe.name, *options)
         return

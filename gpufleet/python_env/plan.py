@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gpufleet import ROOT
 from gpufleet.errors import FleetError
+from gpufleet.settings import Settings
 
 #: The interpreter that the locks are made for (requirements/lock).
 PYTHON = "python3.11"
@@ -57,6 +58,13 @@ def lock_for(accelerator: str) -> Lock:
             f"files/demo/{accelerator}.lock is missing; take the file from the repository"
         )
     return Lock(path, PYTHON)
+
+
+def each_downloads(settings: Settings) -> bool:
+    """Whether every host downloads the lock's wheels for itself: torch for GPUs and CUDA's
+    libraries are 2.8 GiB, too much for a laptop's line to carry to each of a fleet's hosts."""
+    source = settings.python_env.source
+    return source == "index" or (source == "auto" and settings.accelerator == "cuda")
 
 
 @dataclass(frozen=True)

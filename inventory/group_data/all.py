@@ -106,8 +106,9 @@ python_env = {
     # packages that are compiled against it. None: none.
     "cuda_toolkit": None,
     # `wheelhouse`: this machine's own pip downloads the wheels, once, and rsync brings them to
-    # the hosts, which need no way out. `index`: each host downloads for itself.
-    "source": "wheelhouse",
+    # the hosts, which need no way out. `index`: each host downloads for itself. `auto`: index on
+    # hosts with GPUs, where they are 2.8 GiB for each host, wheelhouse on others.
+    "source": "auto",
     # Where the build of torch without CUDA comes from when the index that pip is configured with
     # does not have it: PyTorch's wheel site or a mirror of it. Builds for CUDA come from beside it.
     "torch_index": "https://download.pytorch.org/whl/cpu",

@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from gpufleet import ROOT, catalog
+from gpufleet import ROOT, catalog, settings
 from gpufleet.errors import FleetError
 from gpufleet.python_env.facts import CudaToolkit, EnvironmentsOnHost
-from gpufleet.python_env.plan import PYTHON, UV_LOCK, Environments, Lock, lock_for, parse
+from gpufleet.python_env.plan import (
+    PYTHON,
+    UV_LOCK,
+    Environments,
+    Lock,
+    each_downloads,
+    lock_for,
+    parse,
+)
 from gpufleet.settings import Settings
 
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
@@ -175,3 +183,19 @@ def test_a_host_without_environments_has_none(tmp_path: Path, sh):
     done = sh(EnvironmentsOnHost().command(root=str(tmp_path / "none")))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert EnvironmentsOnHost.default() == Environments(frozenset(), frozenset())
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "source", "itself"),
+    [
+        ("cuda", "auto", True),
+        ("cpu", "auto", False),
+        ("cuda", "wheelhouse", False),
+        ("cpu", "index", True),
+    ],
+)
+def test_gigabytes_for_gpus_come_from_the_hosts_own_index_unless_told(
+    accelerator: str, source: str, itself: bool
+):
+    data = {"accelerator": accelerator, "python_env": {"source": source}}
+    assert each_downloads(settings.parse(data, "host")) is itself
