@@ -117,7 +117,9 @@ def _inside(
     if needed and "transformers" in one.packages and "sentencepiece" not in one.packages:
         yield missing("sentencepiece", "LLaMA's tokenizer cannot be loaded without sentencepiece")
     eight_bit = "bitsandbytes" in one.packages
-    if (eight_bit or "accelerate" in listed) and "accelerate" not in one.packages:
+    # The demo's own application puts bitsandbytes' layers in for itself, without accelerate.
+    listing = recipe is not None and recipe.lock is None
+    if ((eight_bit and listing) or "accelerate" in listed) and "accelerate" not in one.packages:
         yield missing("accelerate", "models in 8 bit and device_map need accelerate")
     if eight_bit and cuda and one.torch_cuda:
         tag = "cuda" + one.torch_cuda.replace(".", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from gpufleet.driver.doctor import Finding
 from gpufleet.python_env import conda, doctor
 from gpufleet.python_env.facts import InsideEnvironments
+from gpufleet.python_env.plan import lock_for
 from gpufleet.settings import Settings
 
 RECIPE = conda.recipe("starchat", "cpu")
@@ -167,3 +169,21 @@ def test_a_bitsandbytes_without_torchs_cuda_is_named_with_what_it_has(root: Root
     assert "CUDA 11.3" in finding.cause
     assert "libbitsandbytes_cpu.so, libbitsandbytes_cuda118.so" in finding.evidence
     assert root.found(gpu=False) == {}
+
+
+@pytest.mark.parametrize("by_conda", [True, False])
+@pytest.mark.parametrize(("accelerator", "cuda"), [("cpu", ""), ("cuda", "13.0")])
+def test_what_the_demos_own_locks_say_lacks_nothing(
+    tmp_path: Path, sh: Any, accelerator: str, cuda: str, by_conda: bool
+):
+    lock = lock_for(accelerator)
+    made = [conda.recipe("modern", accelerator)] if by_conda else []
+    digest = made[0].digest if by_conda else lock.digest
+    packages = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", lock.text, re.MULTILINE)
+    assert len(packages) > 50
+    root = Root(tmp_path / "root", sh)
+    names = ["-".join(one) for one in packages]
+    root.make(digest, *names, torch_cuda=cuda, libraries=("libbitsandbytes_cuda130.so",))
+    settings = Settings.model_validate({"accelerator": accelerator})
+    found = doctor.findings(root.seen(), settings, [digest], made, gpu=bool(cuda), apply="APPLY")
+    assert found == ()
