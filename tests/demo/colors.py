@@ -31,8 +31,8 @@ class ColorEngine:
     """Answers word by word; "slowly" in the question makes each word take a tenth of a second.
 
     "one after the other" lists every color up to max_new_tokens words, "compare" the color of
-    every picture, "fail" raises, "too much" has no memory for it. On a labels page, each line
-    that names the picture's color gets its share.
+    every picture, "fail" raises, "too much" has no memory for it, "lost" ends its device. On a
+    labels page, each line that names the picture's color gets its share.
     """
 
     model_id = "colors"
@@ -48,7 +48,7 @@ class ColorEngine:
     def stream(self, conversation: Any, sampling: Any) -> Iterator[Any]:
         from modeldemo.clip import labels
         from modeldemo.clip.labels import Score
-        from modeldemo.engine import OutOfMemory, Piece
+        from modeldemo.engine import DeviceLost, OutOfMemory, Piece
 
         turns = conversation.turns
         question = turns[-1].text
@@ -64,6 +64,8 @@ class ColorEngine:
             raise RuntimeError("the color\nsensor broke")
         if "too much" in question:
             raise OutOfMemory("the GPU has no memory left for this question; use one beam")
+        if "lost" in question:
+            raise DeviceLost("the GPU has failed (Xid 79) and the service starts again")
         words = f"It is mostly {colors[-1]} after {len(turns)} turns.".split()
         if "compare" in question:
             words = ["They", "are", *colors]

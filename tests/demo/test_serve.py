@@ -119,6 +119,17 @@ def test_an_answer_that_is_too_long_is_cut_off_within_five_seconds_of_sigterm() 
     assert "Traceback" not in service.stderr
 
 
+def test_a_service_whose_gpu_is_lost_says_so_and_ends_for_systemd_to_start_it_again() -> None:
+    service = Service()
+    refused = service.ask(user("lost", picture()))
+    assert refused.status_code == 503
+    assert "the GPU has failed (Xid 79)" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) > 0
+    assert service.exit_status() == 1
+    assert "modeldemo: the GPU has failed (Xid 79)" in service.stderr
+    assert "Traceback" not in service.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_loading_stops_at_once(number: signal.Signals) -> None:
     service = Service("--load-seconds", "60", wait=False)

@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from .engine import ModelDemoError
+from .engine import DeviceLost, ModelDemoError
 from .precision import Precision
 from .quantised import BITS
 
@@ -24,6 +24,39 @@ def choose_device(name: str) -> torch.device:
         )
     # The first that the process sees, and never another.
     return torch.device("cuda:0" if name == "cuda" else name)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that the GPU had no memory: CUDA's libraries have their own words."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+_NO_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DEVICE_ALLOCATION_FAILED",
+)
+
+
+def require_alive(device: torch.device) -> None:
+    """Raise DeviceLost where an error has ended the process's use of its GPU.
+
+    After an illegal access, a fault of the memory or a GPU that fell off the bus, CUDA answers
+    every call of the process with that error, for as long as it lives.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise DeviceLost(
+            f"the GPU has failed ({reason}) and the service starts again; if it comes back, look "
+            "for Xid in dmesg on the host"
+        ) from error
 
 
 def choose_precision(asked: Precision, device: torch.device) -> Precision:

@@ -78,6 +78,10 @@ class OutOfMemory(ModelDemoError):
     """A request that the device had no memory for; the next one may be answered."""
 
 
+class DeviceLost(ModelDemoError):
+    """A device that answers nothing any more in this process; a new one may use it again."""
+
+
 class Engine(Protocol):
     """A loaded system that answers one conversation at a time."""
 
@@ -99,6 +103,6 @@ class Engine(Protocol):
         Their texts, joined, are the post-processed answer. A piece without text comes for every
         step that has nothing to show, so that whoever reads can stop at any token. One call at a
         time: the server holds a lock. Closing the iterator early stops the generation promptly.
-        Raises BadRequest for a conversation that cannot be answered, OutOfMemory.
+        Raises BadRequest for a conversation that cannot be answered, OutOfMemory, DeviceLost.
         """
         ...

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
+from .device import ran_out
 from .engine import ModelDemoError
 from .hub_folder import weight_files
 from .minigpt4.checkpoints import read
@@ -122,7 +123,9 @@ def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
 def _enough_memory(folder: Path) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         raise ModelDemoError(
             f"{folder}: the weights do not fit the GPU's memory; set model.precision to 8bit or "
             "4bit, or take a larger GPU"

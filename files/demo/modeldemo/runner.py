@@ -16,6 +16,7 @@ from typing import Literal, TypeVar, cast
 from modeldemo.engine import (
     BadRequest,
     Conversation,
+    DeviceLost,
     Engine,
     ModelDemoError,
     Piece,
@@ -179,6 +180,7 @@ class Runner:
     def fail(self, error: ModelDemoError) -> None:
         """Say from now on why there will be no answers."""
         self.state, self.error = "failed", str(error)
+        self.metrics.ready.set(0)
 
     def require_ready(self) -> Engine:
         """Return the engine; raises Unavailable while loading, after a failure or when stopping."""
@@ -301,6 +303,11 @@ class Runner:
         except BadRequest as error:
             outcome = "refused"
             answer._put(error)
+        except DeviceLost as error:
+            outcome = "failed"
+            self.fail(error)
+            log.error("%s", error)
+            answer._put(Unavailable(str(error), 30))
         except Exception as error:
             outcome = "failed"
             answer._put(failure(error))

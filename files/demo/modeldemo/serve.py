@@ -91,7 +91,8 @@ def serve(
     """Serve what `load` returns until SIGTERM or SIGINT.
 
     `load` runs in the model's thread and may take minutes; meanwhile /healthz answers 503.
-    Returns the exit status: 0 after a stop, 1 when the model could not be loaded. Raises
+    Returns the exit status: 0 after a stop, 1 when the model could not be loaded or its device
+    was lost. Raises
     ModelDemoError when the port is not to be had.
     """
     server: uvicorn.Server | None = None
@@ -155,6 +156,10 @@ def serve(
             loop.call_soon_threadsafe(slot.stop)
             loop.call_soon_threadsafe(loop.call_later, GRACE, runner.abort)
             super().handle_exit(sig, frame)
+
+        async def on_tick(self, counter: int) -> bool:
+            """Uvicorn's question, ten times a second, whether to end: systemd starts us again."""
+            return await super().on_tick(counter) or runner.state == "failed"
 
     server = running = Server(
         uvicorn.Config(

@@ -19,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from ..device import choose_device, choose_precision
+from ..device import choose_device, choose_precision, ran_out, require_alive
 from ..engine import (
     BadRequest,
     Conversation,
@@ -122,7 +122,10 @@ class ClipEngine:
                 texts.append(self._texts(ids[start : start + BATCH]))
             cosines = (torch.cat(texts) @ picture.T)[:, 0]
             shares = (cosines * self._model.logit_scale.float().exp()).softmax(0)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            require_alive(self._device)
+            if not ran_out(error):
+                raise
             torch.cuda.empty_cache()
             raise OutOfMemory("GPU out of memory: something else uses it; ask again") from error
         if not bool(torch.isfinite(shares).all()):

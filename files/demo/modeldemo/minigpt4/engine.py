@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from ..device import ran_out, require_alive
 from ..engine import (
     BadRequest,
     Conversation,
@@ -210,6 +211,7 @@ class MiniGPT4Engine:
         except BadRequest:
             raise
         except Exception as error:
+            require_alive(self._device)
             out = _out_of_memory(error)
             self._decoder.forget()
             if out:
@@ -297,7 +299,7 @@ class _Job(StoppingCriteria):
 
 def _out_of_memory(error: Exception) -> OutOfMemory | None:
     """The line for a request that there was no memory for; None for any other error."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if ran_out(error):
         return OutOfMemory(
             "GPU out of memory: use fewer beams, set model.precision to 8bit or 4bit, or take "
             "the 7B model"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from ..device import choose_device, choose_precision
+from ..device import choose_device, choose_precision, ran_out
 from ..engine import ModelDemoError
 from ..precision import Precision
 from ..quantised import BITS, prepare
@@ -38,7 +38,9 @@ def load(settings: Settings, device: str) -> tuple[MiniGPT4, Tokenizer]:
     check_language(settings.llama, config, tokenizer.size)
     try:
         model = assemble(settings, config, place, precision)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         raise ModelDemoError(
             f"{settings.llama}: the weights do not fit the GPU's memory in {precision}; set "
             "model.precision to 8bit or 4bit, or take the 7B model"

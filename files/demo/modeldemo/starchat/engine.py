@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 from transformers.models.gpt_bigcode.configuration_gpt_bigcode import GPTBigCodeConfig
 from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeForCausalLM
 
-from ..device import choose_device, choose_precision
+from ..device import choose_device, choose_precision, ran_out, require_alive
 from ..engine import (
     BadRequest,
     Conversation,
@@ -142,6 +142,7 @@ class StarChatEngine:
         except Exception as error:
             # What the layers hold may differ from layer to layer now.
             self._cache, self._cached = DynamicCache(), []
+            require_alive(self._device)
             raise _explained(error) from error
 
     def _continue(self, ids: list[int]) -> list[int]:
@@ -225,7 +226,7 @@ def _check(sampling: Sampling) -> None:
 
 def _explained(error: Exception) -> ModelDemoError:
     """What a person can do about a failed generation, in one line."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if ran_out(error):
         torch.cuda.empty_cache()
         return OutOfMemory(
             "GPU out of memory: ask with less text or fewer new tokens, or set model.precision "
