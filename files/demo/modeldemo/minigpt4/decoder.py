@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
+from ..device import ran_out
+
 log = logging.getLogger("modeldemo")
 
 #: A GPU step looks at the cache up to the first of 256, 512, … that holds all positions so far.
@@ -130,14 +132,21 @@ class Decoder:
         if any(type(layer.mlp.up_proj) is not nn.Linear for layer in self._layers):
             return
         try:
-            pool = torch.cuda.graph_pool_handle()
-            for seen in reversed(self._sizes()):
-                self._recorded(seen)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    logits = self._recorded(seen)
-                self._graphs.insert(0, (seen, graph, logits))
+            pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            # Where they are recorded, and left again even if that fails: torch's own way out of a
+            # recording that broke off would leave this thread on its stream.
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for seen in reversed(self._sizes()):
+                    self._recorded(seen)  # libraries set themselves up outside of a recording
+                    graph = torch.cuda.CUDAGraph()
+                    # What other threads ask of the GPU meanwhile, for metrics, is not part of it.
+                    with torch.cuda.graph(
+                        graph, pool=pool, stream=side, capture_error_mode="thread_local"
+                    ):
+                        logits = self._recorded(seen)
+                    self._graphs.insert(0, (seen, graph, logits))
+            torch.cuda.current_stream().wait_stream(side)
         except RuntimeError as error:
             self._graphs.clear()
             log.warning("CUDA graphs are not used: %s", " ".join(str(error).split())[:200])
@@ -197,7 +206,9 @@ class Decoder:
             return
         try:
             copy = self._cache[:, :, :, :, :length].clone()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             self._parked.clear()
             return
         self._parked.append(_Parked(list(self._marks), copy))

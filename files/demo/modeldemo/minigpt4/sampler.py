@@ -30,12 +30,13 @@ class Sampler:
             # The largest of weight / exponential noise is a draw by weight. Unlike multinomial it
             # needs no answer from the GPU, and no weights that are not numbers can crash it.
             noise = torch.empty_like(weights).exponential_(generator=self._random)
-            token = ids[(weights / noise).argmax()]
+            # One index in a list: by a number of its own torch would ask the GPU for it.
+            token = ids[(weights / noise).argmax(0, keepdim=True)]
         else:
-            token = logits.argmax()
+            token = logits.argmax(0, keepdim=True)
         if self._sampling.repetition_penalty != 1:
-            self._made = torch.cat((self._made, token[None]))
-        return torch.stack((token, sound.long()))
+            self._made = torch.cat((self._made, token))
+        return torch.cat((token, sound.long()[None]))
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens that top_k and top_p leave, likeliest first, and their weights (0: left out)."""
