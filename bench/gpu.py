@@ -3,9 +3,11 @@
 
 usage: bench/gpu.py [--size SIZE]... [--precision PRECISION]... [--folder DIR] [--output FILE]
 
-Runs alone on the GPU's machine, in the demo's environment (cuda.lock). By default 7b and 13b, each
-in fp16, 8bit and 4bit; a size's files (16 and 29 GB) are written into a temporary folder below DIR
-and removed after it. Random weights compute as long as trained ones.
+Runs alone on the GPU's machine, in the demo's environment (cuda.lock) or any that has torch,
+transformers, sentencepiece and Pillow. By default 7b and 13b, each in fp16, 8bit and 4bit (left out
+without bitsandbytes); a size's files (16 and 29 GB) are written into a temporary folder below DIR
+and removed after it. Random weights compute as long as trained ones. Every figure is in FILE as
+soon as it is known, so that a run which is cut off leaves what it has; what fails is named there.
 `--size pico --device cpu --precision fp32` runs the same anywhere in a minute.
 
 What is measured, each the median of some runs:
@@ -14,9 +16,9 @@ picture        encoding one picture
 first          until the first token of a question about a new picture
 second         the same for the next question about it; beside upstream's scheme, which encodes the
                picture and reads the whole conversation again
-answer         tokens a second of one greedy answer, the reading of the question included; beside
-               generate of the same LLaMA in transformers with its dynamic and its static cache (the
-               latter compiled on a GPU), and how many of the tokens are the same
+answer         tokens a second of one greedy answer, the reading of the question included, and of a
+               sampled one; beside generate of the same LLaMA in transformers with its dynamic and
+               its static cache (the latter compiled on a GPU), and how many tokens are the same
 beams          tokens a second of an answer by five beams
 """
 
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -48,6 +51,7 @@ from modeldemo.minigpt4.model import MiniGPT4  # noqa: E402
 from modeldemo.minigpt4.settings import Settings  # noqa: E402
 from modeldemo.minigpt4.sizes import QFormerSizes, Sizes, VitSizes  # noqa: E402
 from modeldemo.minigpt4.tokenizer import Tokenizer  # noqa: E402
+from modeldemo.quantised import BITS  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers.models.llama.configuration_llama import LlamaConfig  # noqa: E402
 
@@ -68,6 +72,7 @@ SECOND = "Which of them is the largest?"
 def write(folder: Path, size: str, device: str) -> Settings:
     """The files of a random model, in the original formats, one layer a shard."""
     (width, mlp, layers, heads, rows), sizes = SIZES[size]
+    torch.serialization.set_crc32_options(False)  # nothing reads it, and it takes most of the time
     llama = folder / "vicuna"
     llama.mkdir(parents=True)
     config = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
@@ -157,9 +162,29 @@ def picture(i: int) -> Image.Image:
     return Image.new("RGB", (640, 480), (i % 256, i // 256 % 256, 90))
 
 
-def measure(settings: Settings, device: str, tokens: int, repeat: int) -> dict[str, Any]:
-    """Load one precision and measure all of it."""
-    seen: dict[str, Any] = {}
+class Seen(dict[str, Any]):
+    """Figures by name, handed on whenever there is a new one."""
+
+    def __init__(self, told: Callable[[], object]) -> None:
+        super().__init__()
+        self._told = told
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._told()
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Write down what fails within, and go on."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            self[f"{name} failed"] = f"{type(error).__name__}: {reason}"
+
+
+def measure(settings: Settings, device: str, tokens: int, repeat: int, seen: Seen) -> None:
+    """Load one precision and measure all of it; what cannot be measured is named in `seen`."""
     started = time.perf_counter()
     with host_memory(seen):
         engine = MiniGPT4Engine.load(settings, device, "random")
@@ -173,28 +198,23 @@ def measure(settings: Settings, device: str, tokens: int, repeat: int) -> dict[s
     def about(image: Image.Image, *more: Turn) -> Conversation:
         return Conversation((Turn("user", FIRST, (image,)), *more))
 
-    def ask(conversation: Conversation, count: int, beams: int = 1) -> int:
-        sampling = Sampling(temperature=0, max_new_tokens=count, num_beams=beams)
+    def ask(conversation: Conversation, count: int, beams: int = 1, temperature: float = 0) -> int:
+        sampling = Sampling(temperature, beams, count, seed=1)
         return sum(piece.new_tokens for piece in engine.stream(conversation, sampling))
 
     @torch.inference_mode()
     def encode() -> None:
         engine._picture(picture(next(numbers)))
 
-    seen["picture, ms"] = 1000 * seconds(device, encode, repeat)
-    seen["first token, ms"] = 1000 * seconds(
-        device, lambda: ask(about(picture(next(numbers))), 1), repeat
-    )
+    with seen.step("picture"):
+        seen["picture, ms"] = 1000 * seconds(device, encode, repeat)
+    with seen.step("first token"):
+        new = lambda: ask(about(picture(next(numbers))), 1)  # noqa: E731
+        seen["first token, ms"] = 1000 * seconds(device, new, repeat)
     # A second question after an answer of some hundred tokens.
     image, said = picture(next(numbers)), "the red circle is left of the blue square. " * 12
     first, second = about(image), about(image, Turn("assistant", said), Turn("user", SECOND))
     third = about(image, Turn("assistant", said), Turn("user", "And the smallest?"))
-    turns = iter([second, third] * (repeat + 1))
-    ask(second, 1)
-    seen["second question's tokens"] = next(
-        engine.stream(second, Sampling(max_new_tokens=1))
-    ).prompt_tokens
-    kept = 1000 * seconds(device, lambda: ask(next(turns), 1), repeat)
 
     @torch.inference_mode()
     def upstream() -> None:
@@ -203,21 +223,30 @@ def measure(settings: Settings, device: str, tokens: int, repeat: int) -> dict[s
         context = engine._embedded(parts, pictures)
         int(model.llama(inputs_embeds=context, logits_to_keep=1).logits[0, -1].argmax())
 
-    again = 1000 * seconds(device, upstream, repeat)
-    seen |= {"second question, first token, ms": kept, "upstream's scheme, ms": again}
-    seen["upstream's scheme, times ours"] = again / kept
+    with seen.step("second question"):
+        turns = iter([second, third] * (repeat + 1))
+        ask(second, 1)
+        pieces = engine.stream(second, Sampling(max_new_tokens=1))
+        seen["second question's tokens"] = next(pieces).prompt_tokens
+        kept = 1000 * seconds(device, lambda: ask(next(turns), 1), repeat)
+        seen["second question, first token, ms"] = kept
+        seen["upstream's scheme, ms"] = 1000 * seconds(device, upstream, repeat)
+        seen["upstream's scheme, times ours"] = seen["upstream's scheme, ms"] / kept
 
-    parts, pictures = engine._context(first, tokens)
-    context = engine._embedded(parts, pictures)
     ids: list[int] = []
     note = engine._decoder.note
+    engine._decoder.note = lambda token: (ids.append(token), note(token))[1]  # type: ignore[method-assign]
 
-    def answer() -> None:
+    def answer(temperature: float) -> None:
         ids.clear()
         engine._decoder.forget()
-        assert ask(first, tokens) == tokens
+        made = ask(first, tokens, temperature=temperature)
+        assert made == tokens, f"{made} of {tokens} tokens"
 
     def plain(**options: Any) -> float:
+        parts, pictures = engine._context(first, tokens)
+        context = engine._embedded(parts, pictures)
+
         def run() -> None:
             made = model.llama.generate(
                 inputs_embeds=context,
@@ -235,22 +264,30 @@ def measure(settings: Settings, device: str, tokens: int, repeat: int) -> dict[s
         with torch.inference_mode():
             return tokens / seconds(device, run, repeat)
 
-    engine._decoder.note = lambda token: (ids.append(token), note(token))[1]  # type: ignore[method-assign]
-    seen["answer, tokens/s"] = tokens / seconds(device, answer, repeat)
-    seen["tokens"] = tokens
-    seen["generate, dynamic cache, tokens/s"] = plain()
-    fastest = seen["generate, dynamic cache, tokens/s"]
-    if settings.precision not in ("8bit", "4bit"):
-        seen["generate, static cache, tokens/s"] = plain(cache_implementation="static")
-        fastest = max(fastest, seen["generate, static cache, tokens/s"])
-    seen["answer, times the fastest generate"] = seen["answer, tokens/s"] / fastest
-    few = max(8, tokens // 4)
-    seen["answer by 5 beams, tokens/s"] = few / seconds(
-        device, lambda: ask(first, few, beams=5), max(1, repeat // 2)
-    )
+    with seen.step("sampled answer"):
+        rate = tokens / seconds(device, lambda: answer(1.0), repeat)
+        seen["answer, sampled, tokens/s"] = rate
+    with seen.step("answer"):
+        seen["answer, tokens/s"] = tokens / seconds(device, lambda: answer(0), repeat)
+        seen["tokens"] = tokens
+    fastest = 0.0
+    with seen.step("generate, dynamic cache"):
+        seen["generate, dynamic cache, tokens/s"] = fastest = plain()
+        seen["answer, times the fastest generate"] = seen["answer, tokens/s"] / fastest
+    with seen.step("5 beams"):
+        few = max(8, tokens // 4)
+        beams = seconds(device, lambda: ask(first, few, beams=5), max(1, repeat // 2))
+        seen["answer by 5 beams, tokens/s"] = few / beams
     if device == "cuda":
         seen["GPU memory at most, GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    return seen
+    if settings.precision not in ("8bit", "4bit"):
+        # Last: compiling it takes longest, and needs a compiler.
+        with seen.step("generate, static cache"):
+            static = plain(cache_implementation="static")
+            seen["generate, static cache, tokens/s"] = static
+            seen["answer, times the fastest generate"] = seen["answer, tokens/s"] / max(
+                fastest, static
+            )
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -279,19 +316,26 @@ def main() -> None:
         sys.exit("bench: torch sees no GPU; run it where there is one, or with --device cpu")
     result: dict[str, Any] = {"command": " ".join(["bench/gpu.py", *sys.argv[1:]])}
     result |= {"machine": machine(given.device), "seen": {}}
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def told() -> None:
+        given.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
     for size in given.size or ["7b", "13b"]:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            started = time.perf_counter()
             settings = write(Path(folder, size), size, given.device)
+            print(f"{size}: written in {time.perf_counter() - started:.0f} s", flush=True)
             for precision in given.precision or ["fp16", "8bit", "4bit"]:
-                one = Settings(**{**vars(settings), "precision": precision})
-                try:
-                    seen = measure(one, given.device, given.tokens, given.repeat)
-                except torch.OutOfMemoryError as error:
-                    seen = {"failed": str(error).splitlines()[0]}
-                result["seen"][f"{size} {precision}"] = seen
+                seen = result["seen"][f"{size} {precision}"] = Seen(told)
+                if precision in BITS and not importlib.util.find_spec("bitsandbytes"):
+                    seen["left out"] = "there is no bitsandbytes here"
+                else:
+                    one = Settings(**{**vars(settings), "precision": precision})
+                    with seen.step("load"):
+                        measure(one, given.device, given.tokens, given.repeat, seen)
                 print(size, precision, json.dumps(seen, ensure_ascii=False), flush=True)
-                # After each: a machine that is taken away leaves what was measured.
-                given.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+                torch.compiler.reset()
                 gc.collect()
                 if given.device == "cuda":
                     torch.cuda.empty_cache()
