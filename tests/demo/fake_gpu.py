@@ -33,7 +33,7 @@ class FakeGpu:
         self.strict = False
         """Whether waiting for the GPU is an error now."""
         self.host: Iterator[int] = iter(())
-        """What tensors on the host hold, number after number: the choices that were copied."""
+        """The numbers that are asked for, one after the other."""
 
     def wait(self, what: str) -> None:
         if self.strict:
@@ -47,6 +47,7 @@ def fake_gpu(monkeypatch: Any) -> Iterator[FakeGpu]:
     generator = torch.Generator
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
     with FakeTensorMode() as mode, _Dispatched(gpu), _Called(gpu, mode):
@@ -118,10 +119,9 @@ class _Called(TorchFunctionMode):
         if func is Tensor.__bool__ and _on_gpu(args[0]):
             self._gpu.wait("a decision by a number of the GPU")
             return True
-        if func is Tensor.__int__ and _on_gpu(args[0]):
-            self._gpu.wait("a number of the GPU")
-            return next(self._gpu.host)
-        if func is Tensor.item and not _on_gpu(args[0]):
+        if func in (Tensor.item, Tensor.__int__):
+            if _on_gpu(args[0]):
+                self._gpu.wait("a number of the GPU")
             return next(self._gpu.host)
         if func is Tensor.to and type(args[0]) is Tensor:
             args = (self._mode.from_tensor(args[0]), *args[1:])
@@ -130,7 +130,7 @@ class _Called(TorchFunctionMode):
             return args[0] if whole else args[0].clone(memory_format=torch.contiguous_format)
         if func is Tensor.numpy:
             return with_numbers(func)(*args)
-        if func is Tensor.exponential_:
+        if func in (Tensor.exponential_, torch.multinomial):
             kwargs.pop("generator", None)
         if func is torch.tensor and torch.device(kwargs.get("device") or "cpu") == GPU:
             self._gpu.wait("a tensor made of the host's numbers")

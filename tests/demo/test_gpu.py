@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_systems
 import torch
 from fake_gpu import GPU, Waits, fake_gpu, with_numbers
+from modeldemo import hub_folder
+from modeldemo.clip.engine import ClipEngine
 from modeldemo.engine import Conversation, Sampling, Turn
 from modeldemo.minigpt4 import engine as minigpt4
 from modeldemo.minigpt4 import load
@@ -19,6 +22,8 @@ from modeldemo.minigpt4.checkpoints import read_llama_config
 from modeldemo.minigpt4.engine import MiniGPT4Engine
 from modeldemo.minigpt4.sizes import QFormerSizes, Sizes, VitSizes
 from modeldemo.minigpt4.tokenizer import Tokenizer
+from modeldemo.starchat import engine as starchat_engine
+from modeldemo.starchat.engine import StarChatEngine
 from PIL import Image
 from test_parity import blip2_flant5xxl, eva_vit_g, full_size, save
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
@@ -46,9 +51,21 @@ def published(tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="module")
+def starchat(tmp_path_factory):
+    return tiny_systems.starchat(tmp_path_factory.mktemp("starchat")).folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return tiny_systems.clip(tmp_path_factory.mktemp("clip")).folder
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(minigpt4, "resize", with_numbers(minigpt4.resize))
+    read = starchat_engine.tensors
+    monkeypatch.setattr(starchat_engine, "tensors", with_numbers(lambda folder: [*read(folder)]))
     with fake_gpu(monkeypatch) as gpu:
         yield gpu
 
@@ -120,6 +137,31 @@ def test_the_picture_is_encoded_in_upstreams_precisions(published, gpu, precisio
     half = {"qkv", "query", "projection"}
     assert seen == {name: torch.float16 if name in half else torch.float32 for name in seen}
     assert len(seen) == 7
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
+def test_starchat_answers_on_one_device(starchat, gpu, precision):
+    gpu.host = itertools.repeat(40)
+    engine = StarChatEngine.load(hub_folder.Settings(starchat, precision), "cuda", "starchat")
+    assert {parameter.device for parameter in engine._model.parameters()} == {GPU}
+    expected = DTYPES["fp16" if precision == "auto" else precision]
+    assert engine._model.transformer.wte.weight.dtype == expected
+    turns = (Turn("user", "Add two numbers."),)
+    for more in ((), (Turn("assistant", "def add"), Turn("user", "And three?"))):
+        turns += more
+        for sampling in (engine.defaults, Sampling(temperature=0)):
+            pieces = engine.stream(Conversation(turns), replace(sampling, max_new_tokens=4))
+            assert sum(piece.new_tokens for piece in pieces) == 4
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16", "bf16"])
+def test_clip_compares_on_one_device(clip, gpu, precision):
+    gpu.host = itertools.repeat(0.5)
+    engine = ClipEngine.load(hub_folder.Settings(clip, precision), "cuda", "clip")
+    kept = {tensor.device for tensor in (*engine._model.parameters(), *engine._model.buffers())}
+    assert kept == {GPU}
+    labels = Conversation((Turn("user", "a red square\na blue circle", (RED,)),))
+    assert "a red square" in "".join(piece.text for piece in engine.stream(labels, Sampling()))
 
 
 def test_what_a_gpu_refuses_is_refused_here(gpu):
