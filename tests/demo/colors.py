@@ -71,7 +71,9 @@ class ColorEngine:
             words = conversation.system.split()
         if "one after the other" in question:
             words = [sorted(COLORS)[i % len(COLORS)] for i in range(sampling.max_new_tokens)]
-        yield Piece(prompt_tokens=len(question.split()))
+        yield Piece(
+            prompt_tokens=len(question.split()), pictures_encoded=1, pictures_reused=len(colors) - 1
+        )
         for i, word in enumerate(words):
             if "slowly" in question:
                 time.sleep(0.1)

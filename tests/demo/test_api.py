@@ -389,6 +389,8 @@ def test_metrics_count_requests_answers_and_memory(service: Service) -> None:
     with service.client() as client:
         for path in ("/a", "/b", "/v1/c"):
             client.get(path)
+    assert service.metric("modeldemo_pictures_encoded_total") > 0
+    assert service.metric("modeldemo_pictures_reused_total") == 0
         body = client.get("/metrics").text
     assert 'modeldemo_info{model="colors"' in body
     assert 'route="/a"' not in body  # callers cannot grow the label set

@@ -333,6 +333,8 @@ def test_a_conversation_takes_several_pictures(several: Service, tmp_path: Path)
     assert kinds == ["file", "text", "text", "file", "text", "text"]  # each where it was sent
     assert said(ask("compare again"))[-1] == "They are red blue"
     assert said(ask("the system prompt"))[-1] == "be brief"
+    assert several.metric("modeldemo_pictures_encoded_total") == 5  # one by the proof at the start
+    assert several.metric("modeldemo_pictures_reused_total") == 3
 
 
 def test_every_control_that_the_model_names_is_on_its_page(several: Service) -> None:

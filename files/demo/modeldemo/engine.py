@@ -53,6 +53,8 @@ class Piece:
     new_tokens: int = 0
     prompt_tokens: int = 0  # of the whole question, in the first piece
     finish: Literal["stop", "length"] | None = None  # in the last piece
+    pictures_encoded: int = 0
+    pictures_reused: int = 0  # encoded for a question before this one
 
 
 @dataclass(frozen=True)

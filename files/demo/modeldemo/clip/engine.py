@@ -118,7 +118,7 @@ class ClipEngine:
             picture = self._picture(image)
             texts = []
             for start in range(0, len(ids), BATCH):
-                yield Piece()
+                yield Piece(pictures_encoded=int(start == 0))
                 texts.append(self._texts(ids[start : start + BATCH]))
             cosines = (torch.cat(texts) @ picture.T)[:, 0]
             shares = (cosines * self._model.logit_scale.float().exp()).softmax(0)
