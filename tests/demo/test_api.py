@@ -175,6 +175,7 @@ def test_every_sampling_parameter_is_accepted(service: Service) -> None:
         {"temperature": 0, "top_p": 1, "seed": 0, "num_beams": 1},
         {"temperature": 2, "top_p": 0.01, "seed": -5, "num_beams": 10, "n": 1, "stop": None},
         {"temperature": None, "user": "x", "metadata": {}, "presence_penalty": 0},
+        {"response_format": {"type": "text"}},
     ]
     for options in extremes:
         assert "red" in text(service.ask(user("Which?", picture()), **options))
@@ -200,7 +201,9 @@ def test_every_sampling_parameter_is_accepted(service: Service) -> None:
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"messages": [user("x", *[picture()] * 9)]}, "9 pictures, the limit is 8"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}}, "answers as text, not as json_object"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "not as json_schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"stream": "yes"}, "stream"),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
@@ -386,11 +389,11 @@ def test_metrics_count_requests_answers_and_memory(service: Service) -> None:
     assert service.metric("process_resident_memory_bytes") > 20 * 2**20
     assert service.metric("modeldemo_first_token_seconds_count") > 0
     assert service.metric("modeldemo_ready") == 1
+    assert service.metric("modeldemo_pictures_encoded_total") > 0
+    assert service.metric("modeldemo_pictures_reused_total") == 0
     with service.client() as client:
         for path in ("/a", "/b", "/v1/c"):
             client.get(path)
-    assert service.metric("modeldemo_pictures_encoded_total") > 0
-    assert service.metric("modeldemo_pictures_reused_total") == 0
         body = client.get("/metrics").text
     assert 'modeldemo_info{model="colors"' in body
     assert 'route="/a"' not in body  # callers cannot grow the label set

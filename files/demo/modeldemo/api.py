@@ -83,8 +83,9 @@ def create_app(runner: Runner, page: Slot, users: Users | None = None) -> FastAP
         async with bodies.read(request) as body, decoding:
             asked = await asyncio.to_thread(parse, body)
             _require_model(asked.model, runner)
+            sampling = asked.sampling(engine.defaults, engine.page)
             said = await asyncio.to_thread(conversation, asked.messages, engine.page)
-        answer = runner.ask(said, asked.sampling(engine.defaults), asked.stops)
+        answer = runner.ask(said, sampling, asked.stops)
         watcher = asyncio.create_task(_leave_with_client(request, answer))
         watchers.add(watcher)  # the loop itself holds tasks weakly
         watcher.add_done_callback(watchers.discard)

@@ -22,7 +22,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
-    "response_format": ({"type": "text"},),
     "logprobs": (False,),
     "logit_bias": ({},),
     "presence_penalty": (0,),
@@ -74,6 +73,10 @@ class _StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
+class _ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+
+
 class ChatRequest(_Strict):
     """The body of POST /v1/chat/completions; unknown fields are allowed and ignored."""
 
@@ -87,6 +90,7 @@ class ChatRequest(_Strict):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
+    response_format: _ResponseFormat | None = None
     # Not OpenAI's: the models' own knobs.
     top_k: int | None = Field(None, ge=0, le=1000)
     num_beams: int | None = Field(None, ge=1, le=10)
@@ -102,8 +106,18 @@ class ChatRequest(_Strict):
         """Whether a stream ends with a chunk that counts tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, defaults: Sampling) -> Sampling:
-        """What the request says, over what the model takes by default."""
+    def sampling(self, defaults: Sampling, page: Page) -> Sampling:
+        """What the request says, over what the model takes by default.
+
+        Raises BadRequest for a form of answer that the model does not write.
+        """
+        form = self.response_format.type if self.response_format else "text"
+        written = ["text", "json_object"] if page.kind == "labels" else ["text"]
+        if form not in written:
+            raise BadRequest(
+                f"response_format: this model answers as {' or '.join(written)}, not as {form}; "
+                "change it, or leave it out"
+            )
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -112,6 +126,7 @@ class ChatRequest(_Strict):
             "seed": self.seed,
             "num_beams": self.num_beams,
             "repetition_penalty": self.repetition_penalty,
+            "json": form == "json_object",
         }
         return replace(defaults, **{k: v for k, v in given.items() if v is not None})
 
