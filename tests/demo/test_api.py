@@ -179,6 +179,7 @@ def test_every_sampling_parameter_is_accepted(service: Service) -> None:
         {"temperature": 2, "top_p": 0.01, "seed": -5, "num_beams": 10, "n": 1, "stop": None},
         {"temperature": None, "user": "x", "metadata": {}, "presence_penalty": 0},
         {"response_format": {"type": "text"}},
+        {"top_p": 0, "top_k": 0, "repetition_penalty": 10},
     ]
     for options in extremes:
         assert "red" in text(service.ask(user("Which?", picture()), **options))
@@ -191,7 +192,9 @@ def test_every_sampling_parameter_is_accepted(service: Service) -> None:
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 10.1}, "repetition_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 100_000}, "max_tokens"),
         ({"seed": 2**63}, "seed"),

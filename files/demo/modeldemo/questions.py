@@ -83,7 +83,7 @@ class ChatRequest(_Strict):
     model: str
     messages: list[_ChatMessage] = Field(min_length=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -94,7 +94,7 @@ class ChatRequest(_Strict):
     # Not OpenAI's: the models' own knobs.
     top_k: int | None = Field(None, ge=0, le=1000)
     num_beams: int | None = Field(None, ge=1, le=10)
-    repetition_penalty: float | None = Field(None, ge=1, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
 
     @property
     def stops(self) -> list[str]:
