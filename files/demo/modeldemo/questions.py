@@ -14,6 +14,8 @@ from modeldemo.images import MAX_SIDE, SIDE_OF_SEVERAL, decode_url
 MAX_TEXT = 200_000  # characters of a conversation: more than any of the models can read
 MAX_PICTURES = 8  # of a conversation
 MAX_STOPS = 4  # as OpenAI's
+# Logits divided by less overflow; there the likeliest token has all the probability anyway.
+COLDEST = 1e-4
 MAX_NEW_TOKENS = 32_768  # over every model's context; the models know their own
 
 # Parameters of OpenAI's that would change the answer, with the values that change nothing.
@@ -94,7 +96,7 @@ class ChatRequest(_Strict):
     # Not OpenAI's: the models' own knobs.
     top_k: int | None = Field(None, ge=0, le=1000)
     num_beams: int | None = Field(None, ge=1, le=10)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
 
     @property
     def stops(self) -> list[str]:
@@ -128,7 +130,8 @@ class ChatRequest(_Strict):
             "repetition_penalty": self.repetition_penalty,
             "json": form == "json_object",
         }
-        return replace(defaults, **{k: v for k, v in given.items() if v is not None})
+        made = replace(defaults, **{k: v for k, v in given.items() if v is not None})
+        return replace(made, temperature=0) if made.temperature < COLDEST else made
 
 
 def parse(body: bytes) -> ChatRequest:
