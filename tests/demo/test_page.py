@@ -376,7 +376,8 @@ def test_an_emptied_conversation_begins_again_with_the_same_picture(
         return said(client.predict("Which?", *values, api_name="/answer")[0])
 
     assert ask()[-1] == "It is mostly green after 1 turns."
-    assert client.predict(api_name="/forget")["interactive"]
+    shown, question = client.predict(api_name="/forget")
+    assert (shown, question["interactive"]) == ([], True)
     assert ask() == ["Which?", "It is mostly green after 1 turns."]
 
 

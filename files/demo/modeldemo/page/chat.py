@@ -129,7 +129,7 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
         async def forget(path: str | None, request: gr.Request) -> list[Any]:
             """Empty the conversation; the picture stays, for the next question."""
             sessions.leave(request.session_hash)
-            return [[], *fields(pictures == "none" or path is not None)]
+            return [[], [], *fields(pictures == "none" or path is not None)]
 
         async def answer(
             path: str | None,
@@ -216,7 +216,7 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
         chat.clear(
             forget,
             upload,
-            [said, question, send],
+            [chat, said, question, send],  # the page empties chat itself, but an answer refills it
             show_progress="hidden",
             api_name="forget",
             api_visibility="undocumented",
