@@ -13,6 +13,8 @@ from fleets import ROOT
 from modeldemo.pico import pictures
 from pages import PATIENCE, Page
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
 
 from gpufleet.cli.test import demo_python
 
@@ -171,6 +173,24 @@ def test_the_switch_changes_the_language_of_all_that_is_shown(
     assert browser.execute_script("return document.documentElement.lang") == "en"
     shown = page.all("body")[0].text.replace("中文", "")
     assert not any("\u4e00" <= letter <= "\u9fff" for letter in shown)
+
+
+def test_who_goes_by_keyboard_sees_where_they_are(browser: webdriver.Chrome, starchat: str) -> None:
+    give_password(browser, starchat)
+    Page(browser, starchat)
+    passed = set()
+    for _ in range(40):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        part, outline = browser.execute_script(
+            "const e = document.activeElement;"
+            "return [`${e.closest('[id]').id} ${e.type}`, getComputedStyle(e).outlineStyle]"
+        )
+        if part.startswith("send"):
+            break
+        assert outline != "none", part
+        passed.add(part)
+    assert {"question textarea", "system textarea", "temperature number"} <= passed
+    assert any("range" in part for part in passed)
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -57,7 +57,8 @@ class ColorEngine:
             yield Piece(prompt_tokens=1)
             found = [Score(line, float(line in colors), 0) for line in labels.read(question)]
             total = sum(score.cosine for score in found) or 1
-            yield Piece(labels.write([Score(s.label, s.cosine, s.cosine / total) for s in found]))
+            write = labels.write_json if sampling.json else labels.write
+            yield Piece(write([Score(s.label, s.cosine, s.cosine / total) for s in found]))
             yield Piece(finish="stop")
             return
         if "fail" in question:
@@ -73,7 +74,9 @@ class ColorEngine:
             words = conversation.system.split()
         if "one after the other" in question:
             words = [sorted(COLORS)[i % len(COLORS)] for i in range(sampling.max_new_tokens)]
-        yield Piece(prompt_tokens=len(question.split()))
+        yield Piece(
+            prompt_tokens=len(question.split()), pictures_encoded=1, pictures_reused=len(colors) - 1
+        )
         for i, word in enumerate(words):
             if "slowly" in question:
                 time.sleep(0.1)

@@ -21,6 +21,9 @@ def service() -> Iterator[Service]:
     assert "Traceback" not in service.stderr
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 def text(response: httpx.Response) -> str:
     assert response.status_code == 200, response.text
     return response.json()["choices"][0]["message"]["content"]
@@ -175,6 +178,8 @@ def test_every_sampling_parameter_is_accepted(service: Service) -> None:
         {"temperature": 0, "top_p": 1, "seed": 0, "num_beams": 1},
         {"temperature": 2, "top_p": 0.01, "seed": -5, "num_beams": 10, "n": 1, "stop": None},
         {"temperature": None, "user": "x", "metadata": {}, "presence_penalty": 0},
+        {"response_format": {"type": "text"}},
+        {"top_p": 0, "top_k": 0, "repetition_penalty": 10},
     ]
     for options in extremes:
         assert "red" in text(service.ask(user("Which?", picture()), **options))
@@ -187,7 +192,9 @@ def test_every_sampling_parameter_is_accepted(service: Service) -> None:
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 10.1}, "repetition_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 100_000}, "max_tokens"),
         ({"seed": 2**63}, "seed"),
@@ -200,7 +207,9 @@ def test_every_sampling_parameter_is_accepted(service: Service) -> None:
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"messages": [user("x", *[picture()] * 9)]}, "9 pictures, the limit is 8"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}}, "answers as text, not as json_object"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "not as json_schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"stream": "yes"}, "stream"),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
@@ -250,7 +259,7 @@ def test_a_picture_over_the_limit_is_too_large(service: Service) -> None:
 )  # fmt: skip
 def test_a_body_that_is_no_request_is_refused(service: Service, body: bytes) -> None:
     with service.client() as client:
-        refusal(client.post("/v1/chat/completions", content=body), 400)
+        refusal(client.post("/v1/chat/completions", content=body, headers=JSON), 400)
 
 
 def test_unknown_models_and_routes_are_not_found(service: Service) -> None:
@@ -261,8 +270,51 @@ def test_unknown_models_and_routes_are_not_found(service: Service) -> None:
         assert response.json()["error"]["code"] == "model_not_found"
         refusal(client.get("/v1/models/gpt-4o"), 404)
         refusal(client.get("/v1/embeddings"), 404)
-        refusal(client.get("/v1/chat/completions"), 405)
-        refusal(client.post("/healthz"), 405)
+
+
+READ = ("/healthz", "/metrics", "/v1/models", "/v1/models/colors")
+
+
+@pytest.mark.parametrize("path", READ)
+def test_what_can_be_read_answers_head_as_load_balancers_ask(service: Service, path: str) -> None:
+    with service.client() as client:
+        head, whole = client.head(path), client.get(path)
+    assert head.status_code == 200
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert head.content == b""
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("OPTIONS", "/v1/chat/completions", "POST"),
+        *[("POST", path, "GET, HEAD") for path in READ],
+        ("DELETE", "/v1/models/colors", "GET, HEAD"),
+    ],
+)
+def test_another_method_is_refused_with_those_that_are_allowed(
+    service: Service, method: str, path: str, allowed: str
+) -> None:
+    with service.client() as client:
+        response = client.request(method, path)
+    assert f"{path} does not answer {method}" in refusal(response, 405)
+    assert response.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain;charset=UTF-8", "application/x-www-form-urlencoded"]
+)
+def test_only_json_is_read_or_any_site_could_ask_with_a_browsers_password(
+    service: Service, kind: str | None
+) -> None:
+    body = json.dumps({"model": "colors", "messages": [user("Which?", picture())]}).encode()
+    with service.client() as client:
+        headers = {"Content-Type": kind} if kind else {}
+        response = client.post("/v1/chat/completions", content=body, headers=headers)
+        assert "must be application/json" in refusal(response, 415)
+        headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+        text(client.post("/v1/chat/completions", content=body, headers=headers))
 
 
 def test_no_route_serves_documentation_from_elsewhere(service: Service) -> None:
@@ -345,8 +397,8 @@ def _endless(service: Service, stream: bool) -> socket.socket:
     ).encode()
     sock = socket.create_connection(service.address)
     sock.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
-        + body
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
     )
     return sock
 
@@ -386,6 +438,8 @@ def test_metrics_count_requests_answers_and_memory(service: Service) -> None:
     assert service.metric("process_resident_memory_bytes") > 20 * 2**20
     assert service.metric("modeldemo_first_token_seconds_count") > 0
     assert service.metric("modeldemo_ready") == 1
+    assert service.metric("modeldemo_pictures_encoded_total") > 0
+    assert service.metric("modeldemo_pictures_reused_total") == 0
     with service.client() as client:
         for path in ("/a", "/b", "/v1/c"):
             client.get(path)

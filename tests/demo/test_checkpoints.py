@@ -160,6 +160,19 @@ def test_a_vocabulary_of_one_row_too_few_is_named(made, tmp_path):
     assert "fleet weights merge" in line
 
 
+def test_vicuna_v1_1_is_refused_as_preflight_refuses_it(made, tmp_path):
+    folder = tmp_path / VICUNA
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": 32000}))
+    rows = torch.zeros(32000, raw["hidden_size"], dtype=torch.float16)
+    words = {"model.embed_tokens.weight": rows, "lm_head.weight": rows}
+    for file in folder.glob("*.bin"):
+        change(file, lambda t: t.update({name: words[name] for name in words.keys() & t.keys()}))
+    line = loaded(made)
+    assert "32000 rows is LLaMA's or Vicuna v1.1's" in line
+    assert "trained with Vicuna v0" in line
+
+
 def test_a_tokenizer_with_more_pieces_than_the_vocabulary_is_named(made, tmp_path):
     raw = json.loads((tmp_path / VICUNA / "config.json").read_text())
     (tmp_path / VICUNA / "config.json").write_text(json.dumps(raw | {"vocab_size": 300}))

@@ -295,6 +295,30 @@ def test_what_was_written_is_read_back(score):
     assert labels.parse(labels.write([other, score])) == [score, other]
 
 
+def test_a_label_without_others_is_read_back_even_if_it_begins_with_a_percentage():
+    alone = labels.Score("50.00% wool", 0.1234, None)
+    assert labels.parse(labels.write([alone])) == [alone]
+
+
+def test_as_json_the_numbers_have_all_their_digits(made, engine, picture):
+    def scored(*names):
+        turn = Turn("user", "\n".join(names), (picture,))
+        pieces = engine.stream(Conversation((turn,)), Sampling(json=True))
+        return json.loads("".join(piece.text for piece in pieces))["labels"]
+
+    found = scored(*CATS)
+    expected, scale = original(made.folder, picture, CATS)
+    order = sorted(range(len(CATS)), key=lambda i: -expected[i])
+    assert [one["label"] for one in found] == [CATS[i] for i in order]
+    shares = (expected * scale).softmax(0)
+    for one, i in zip(found, order, strict=True):
+        assert one["cosine"] == pytest.approx(expected[i].item(), abs=1e-6)
+        assert one["probability"] == pytest.approx(shares[i].item(), abs=1e-5)
+    assert sum(one["probability"] for one in found) == pytest.approx(1, abs=1e-6)
+    (alone,) = scored("50.00% wool")
+    assert (alone["label"], alone["probability"]) == ("50.00% wool", None)
+
+
 def edit(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 

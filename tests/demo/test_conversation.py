@@ -145,6 +145,11 @@ def test_an_empty_question_is_refused():
         segments([Turn("user", "  ")])
 
 
+def test_a_question_that_follows_an_empty_answer_is_asked():
+    (one,) = segments([Turn("user", "Which?"), Turn("assistant", ""), Turn("user", "And now?")])
+    assert one.text.endswith("###Human: Which?###Assistant: ###Human: And now?###Assistant:")
+
+
 CASES = [
     ("The circle is red.###", "The circle is red."),
     (" The circle is red.### Human: more", "The circle is red."),

@@ -91,7 +91,9 @@ def test_large_requests_at_once_do_not_fill_the_memory(crowded: Service) -> None
 
     def send(_: int) -> int:
         with crowded.client() as client:
-            return client.post("/v1/chat/completions", content=body).status_code
+            return client.post(
+                "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+            ).status_code
 
     with ThreadPoolExecutor(20) as pool:
         sending = [pool.submit(send, n) for n in range(20)]
@@ -142,8 +144,8 @@ def test_others_are_answered_while_one_client_never_reads_its_answer(service: Se
     body = json.dumps({"model": "colors", "messages": [SLOW], "stream": True}).encode()
     sock = socket.create_connection(service.address)
     sock.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
-        + body
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
     )
     service.wait_until(lambda: service.metric("modeldemo_running") == 1, 5)
     assert service.ask(user("Which?", picture())).status_code in (200, 504)
@@ -202,11 +204,17 @@ def test_a_second_request_on_a_connection_has_the_same_time(service: Service) ->
         assert time.monotonic() - started < 6
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/gradio_api/upload"])
-def test_a_body_that_stops_half_way_is_refused(service: Service, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/chat/completions", "application/json"),
+        ("/gradio_api/upload", "multipart/form-data; boundary=x"),
+    ],
+)
+def test_a_body_that_stops_half_way_is_refused(service: Service, path: str, kind: str) -> None:
     with socket.create_connection(service.address) as sock:
         sock.sendall(
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
             'Content-Length: 5000\r\n\r\n{"model": '.encode()
         )
         started = time.monotonic()
@@ -218,7 +226,8 @@ def test_a_body_that_stops_half_way_is_refused(service: Service, path: str) -> N
 def test_a_body_that_trickles_is_refused_in_the_end(service: Service) -> None:
     with socket.create_connection(service.address) as sock:
         sock.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n"
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 5000\r\n\r\n"
         )
         started = time.monotonic()
         sock.settimeout(0.4)
@@ -237,7 +246,10 @@ def test_hanging_clients_do_not_keep_others_out(service: Service) -> None:
     hanging = []
     for _ in range(100):
         sock = socket.create_connection(service.address)
-        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        sock.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 9\r\n\r\n{"
+        )
         hanging.append(sock)
     assert service.ask(user("Which?", picture())).status_code == 200
     for sock in hanging:

@@ -194,7 +194,7 @@ def test_answers_are_the_same_with_and_without_what_was_computed_before(loaded, 
         fresh = MiniGPT4Engine("tiny", loaded._model, loaded._tokenizer)
         assert answer(engine, conversation, sampling) == answer(fresh, conversation, sampling)
         left = engine.stream(conversation, sampling)
-        next(left)
+        next(left), next(left)
         left.close()
 
 
@@ -248,6 +248,21 @@ def test_a_picture_is_encoded_once_and_the_oldest_is_forgotten(engine):
             ask(i)
     assert seen["pictures"] == PICTURES_KEPT + 2 + 1
     assert len(engine._pictures) == PICTURES_KEPT
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_an_answer_tells_how_many_pictures_were_encoded_for_it(engine, beams):
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("#a01", "#10a"))
+    one = Sampling(temperature=0, num_beams=beams, max_new_tokens=1)
+    engine._pictures.clear()
+
+    def told(conversation):
+        given = list(engine.stream(conversation, one))
+        return sum(p.pictures_encoded for p in given), sum(p.pictures_reused for p in given)
+
+    assert told(about(red, FIRST)) == (1, 0)
+    assert told(about(red, FIRST)) == (0, 1)
+    assert told(follow(about(red, FIRST), "Red.", "And these?", blue, red)) == (1, 2)
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -88,6 +88,23 @@ def test_its_errors_are_of_the_kinds_that_it_knows(service: Service, client: ope
         chat(stranger, question)
 
 
+def test_it_reads_labels_as_json() -> None:
+    service = Service("--page", json.dumps({"kind": "labels"}))
+    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
+    question, form = user("red\nblue", picture("blue")), {"type": "json_object"}
+    answer = chat(client, question, response_format=form).choices[0].message.content
+    assert json.loads(answer)["labels"] == [
+        {"label": "blue", "probability": 1, "cosine": 1},
+        {"label": "red", "probability": 0, "cosine": 0},
+    ]
+    stream = chat(client, question, response_format=form, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == answer
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+    with pytest.raises(openai.BadRequestError, match="text or json_object, not as json_schema"):
+        chat(client, question, response_format=schema)
+    service.stop()
+
+
 def test_an_error_within_a_stream_is_raised(tmp_path: Path) -> None:
     service = Service("--limits", json.dumps({"seconds": 1}))
     client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)

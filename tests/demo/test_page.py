@@ -333,6 +333,52 @@ def test_a_conversation_takes_several_pictures(several: Service, tmp_path: Path)
     assert kinds == ["file", "text", "text", "file", "text", "text"]  # each where it was sent
     assert said(ask("compare again"))[-1] == "They are red blue"
     assert said(ask("the system prompt"))[-1] == "be brief"
+    assert several.metric("modeldemo_pictures_encoded_total") == 5  # one by the proof at the start
+    assert several.metric("modeldemo_pictures_reused_total") == 3
+
+
+def test_a_picture_that_comes_during_an_answer_goes_with_the_next_question(
+    several: Service, tmp_path: Path
+) -> None:
+    client = Client(several.url, verbose=False)
+
+    def look(color: str) -> Any:
+        file = tmp_path / f"{color}.png"
+        file.write_bytes(picture(color))
+        return client.predict(handle_file(file), api_name="/look")[-1]
+
+    def asking(question: str) -> Any:
+        values = ("", 1.0, 0.9, 50, 1, 30, 1.0, None)
+        return client.submit(question, *values, api_name="/answer")
+
+    made = "modeldemo_completion_tokens_total"
+    assert look("red")["interactive"]
+    before = several.metric(made)
+    running = asking("slowly one after the other")
+    several.wait_until(lambda: several.metric(made) > before)
+    assert "interactive" not in look("blue")  # the question is closed until the answer ends
+    second, _ = asking("And this?").result()
+    assert not isinstance(second, list)  # nor is it asked, and the conversation stays as it is
+    assert running.result()[1]["interactive"]
+    assert said(asking("compare them").result()[0])[-1] == "They are red blue"
+
+
+def test_an_emptied_conversation_begins_again_with_the_same_picture(
+    several: Service, tmp_path: Path
+) -> None:
+    client = Client(several.url, verbose=False)
+    file = tmp_path / "picture.png"
+    file.write_bytes(picture("green"))
+    client.predict(handle_file(file), api_name="/look")
+
+    def ask() -> list[str]:
+        values = ("", 1.0, 0.9, 50, 1, 30, 1.0, None)
+        return said(client.predict("Which?", *values, api_name="/answer")[0])
+
+    assert ask()[-1] == "It is mostly green after 1 turns."
+    shown, question = client.predict(api_name="/forget")
+    assert (shown, question["interactive"]) == ([], True)
+    assert ask() == ["Which?", "It is mostly green after 1 turns."]
 
 
 def test_every_control_that_the_model_names_is_on_its_page(several: Service) -> None:

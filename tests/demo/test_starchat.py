@@ -9,6 +9,7 @@ import torch
 from modeldemo import config, systems
 from modeldemo.engine import BadRequest, Conversation, ModelDemoError, OutOfMemory, Sampling, Turn
 from modeldemo.pretrained import read_config
+from modeldemo.questions import COLDEST, parse
 from modeldemo.starchat.engine import StarChatEngine
 from modeldemo.starchat.tokenizer import Text
 from safetensors.torch import load_file, save_file
@@ -181,6 +182,15 @@ def first_tokens(engine, **how):
         # What was read behind the prompt is the token that was chosen.
         tokens.add(next(iter(engine._cached[len(prompt) :]), None))
     return tokens
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-5, COLDEST])
+def test_a_temperature_next_to_0_takes_the_likeliest_token(engine, temperature):
+    body = {"model": "x", "messages": [{"role": "user", "content": "x"}]}
+    asked = body | {"temperature": temperature, "repetition_penalty": 1.0, "max_tokens": 12}
+    sampling = parse(json.dumps(asked).encode()).sampling(engine.defaults, engine.page)
+    given = [piece.text for piece in engine.stream(QUESTION, sampling)]
+    assert given == [piece.text for piece in engine.stream(QUESTION, GREEDY)]
 
 
 def test_top_k_and_top_p_and_temperature_choose_among_the_most_likely(engine):

@@ -27,6 +27,7 @@ from modeldemo.slot import Slot
 # Errors before the first piece get a status code of their own if it comes within this time;
 # after it the stream is opened, so that proxies do not give up on a long queue.
 PATIENCE = 15.0  # seconds
+_READ = ["GET", "HEAD"]
 MAX_HELD = 256 * 1024 * 1024  # bytes of all bodies that are being read
 
 
@@ -41,7 +42,7 @@ def create_app(runner: Runner, page: Slot, users: Users | None = None) -> FastAP
     bodies = _Bodies()
     watchers: set[asyncio.Task[None]] = set()
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=_READ)
     async def healthz() -> JSONResponse:
         body: dict[str, Any] = {
             "status": runner.state,
@@ -54,7 +55,7 @@ def create_app(runner: Runner, page: Slot, users: Users | None = None) -> FastAP
             body["error"] = runner.error
         return JSONResponse(body, 200 if runner.state == "ok" else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=_READ)
     async def metrics() -> Response:
         return Response(runner.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
@@ -65,12 +66,12 @@ def create_app(runner: Runner, page: Slot, users: Users | None = None) -> FastAP
         "owned_by": "modeldemo",
     }
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=_READ)
     async def models() -> dict[str, Any]:
         runner.require_ready()
         return {"object": "list", "data": [model]}
 
-    @app.get("/v1/models/{name}")
+    @app.api_route("/v1/models/{name}", methods=_READ)
     async def one_model(name: str) -> dict[str, Any]:
         runner.require_ready()
         _require_model(name, runner)
@@ -78,13 +79,15 @@ def create_app(runner: Runner, page: Slot, users: Users | None = None) -> FastAP
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
+        _require_json(request)
         engine = runner.require_ready()
         runner.require_room()
         async with bodies.read(request) as body, decoding:
             asked = await asyncio.to_thread(parse, body)
             _require_model(asked.model, runner)
+            sampling = asked.sampling(engine.defaults, engine.page)
             said = await asyncio.to_thread(conversation, asked.messages, engine.page)
-        answer = runner.ask(said, asked.sampling(engine.defaults), asked.stops)
+        answer = runner.ask(said, sampling, asked.stops)
         watcher = asyncio.create_task(_leave_with_client(request, answer))
         watchers.add(watcher)  # the loop itself holds tasks weakly
         watcher.add_done_callback(watchers.discard)
@@ -179,6 +182,14 @@ def _usage(answer: Answer) -> dict[str, int]:
         "completion_tokens": answer.new_tokens,
         "total_tokens": answer.prompt_tokens + answer.new_tokens,
     }
+
+
+def _require_json(request: Request) -> None:
+    """Raise 415 for what a page of another site can make a browser send, with its password."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip()
+    if kind.lower() != "application/json":
+        given = f"is {kind[:80]}" if kind else "is missing"
+        raise HTTPException(415, f"Content-Type {given}; it must be application/json")
 
 
 def _require_model(name: str, runner: Runner) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the defaults are those of MiniGPT-4's demo."""
+    """How an answer is made; the defaults are those of MiniGPT-4's demo."""
 
     temperature: float = 1.0  # 0 means greedy
     num_beams: int = 1
@@ -21,6 +21,7 @@ class Sampling:
     top_k: int = 50  # 0 means all
     repetition_penalty: float = 1.0
     seed: int | None = None
+    json: bool = False  # an answer for programs, where the page's kind is labels
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Piece:
     text: str = ""
     new_tokens: int = 0
     prompt_tokens: int = 0  # of the whole question, in the first piece
+    pictures_encoded: int = 0
+    pictures_reused: int = 0  # encoded for a question before this one
     finish: Literal["stop", "length"] | None = None  # in the last piece
 
 

@@ -17,7 +17,13 @@ from modeldemo.images import MAX_BYTES
 from modeldemo.limits import Limits
 from modeldemo.metrics import Metrics
 
-ROUTES = frozenset({"/healthz", "/metrics", "/v1/models", "/v1/chat/completions"})
+# The paths that are not the page's, with the methods that each answers.
+ROUTES = {
+    "/healthz": "GET, HEAD",
+    "/metrics": "GET, HEAD",
+    "/v1/models": "GET, HEAD",
+    "/v1/chat/completions": "POST",
+}
 OPEN = frozenset({"/healthz"})  # says nothing that a password protects, and load balancers ask it
 
 # A picture at its limit in base64, and room for the conversation.

@@ -61,6 +61,16 @@ class Metrics:
             "Tokens that the model made",
             registry=self.registry,
         )
+        self.pictures_encoded = Counter(
+            "modeldemo_pictures_encoded",
+            "Pictures that the model has looked at",
+            registry=self.registry,
+        )
+        self.pictures_reused = Counter(
+            "modeldemo_pictures_reused",
+            "Pictures of questions whose encoding was kept from before",
+            registry=self.registry,
+        )
         self.answer_seconds = Histogram(
             "modeldemo_answer_seconds",
             "From the model's turn on a question to its last piece, complete answers only",

@@ -14,6 +14,8 @@ from modeldemo.images import MAX_SIDE, SIDE_OF_SEVERAL, decode_url
 MAX_TEXT = 200_000  # characters of a conversation: more than any of the models can read
 MAX_PICTURES = 8  # of a conversation
 MAX_STOPS = 4  # as OpenAI's
+# Logits divided by less overflow; there the likeliest token has all the probability anyway.
+COLDEST = 1e-4
 MAX_NEW_TOKENS = 32_768  # over every model's context; the models know their own
 
 # Parameters of OpenAI's that would change the answer, with the values that change nothing.
@@ -22,7 +24,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
-    "response_format": ({"type": "text"},),
     "logprobs": (False,),
     "logit_bias": ({},),
     "presence_penalty": (0,),
@@ -74,23 +75,28 @@ class _StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
+class _ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+
+
 class ChatRequest(_Strict):
     """The body of POST /v1/chat/completions; unknown fields are allowed and ignored."""
 
     model: str
     messages: list[_ChatMessage] = Field(min_length=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
+    response_format: _ResponseFormat | None = None
     # Not OpenAI's: the models' own knobs.
     top_k: int | None = Field(None, ge=0, le=1000)
     num_beams: int | None = Field(None, ge=1, le=10)
-    repetition_penalty: float | None = Field(None, ge=1, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
 
     @property
     def stops(self) -> list[str]:
@@ -102,8 +108,18 @@ class ChatRequest(_Strict):
         """Whether a stream ends with a chunk that counts tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, defaults: Sampling) -> Sampling:
-        """What the request says, over what the model takes by default."""
+    def sampling(self, defaults: Sampling, page: Page) -> Sampling:
+        """What the request says, over what the model takes by default.
+
+        Raises BadRequest for a form of answer that the model does not write.
+        """
+        form = self.response_format.type if self.response_format else "text"
+        written = ["text", "json_object"] if page.kind == "labels" else ["text"]
+        if form not in written:
+            raise BadRequest(
+                f"response_format: this model answers as {' or '.join(written)}, not as {form}; "
+                "change it, or leave it out"
+            )
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -112,8 +128,10 @@ class ChatRequest(_Strict):
             "seed": self.seed,
             "num_beams": self.num_beams,
             "repetition_penalty": self.repetition_penalty,
+            "json": form == "json_object",
         }
-        return replace(defaults, **{k: v for k, v in given.items() if v is not None})
+        made = replace(defaults, **{k: v for k, v in given.items() if v is not None})
+        return replace(made, temperature=0) if made.temperature < COLDEST else made
 
 
 def parse(body: bytes) -> ChatRequest:

@@ -286,6 +286,8 @@ class Runner:
                     answer.new_tokens += piece.new_tokens
                     self.metrics.prompt_tokens.inc(piece.prompt_tokens)
                     self.metrics.completion_tokens.inc(piece.new_tokens)
+                    self.metrics.pictures_encoded.inc(piece.pictures_encoded)
+                    self.metrics.pictures_reused.inc(piece.pictures_reused)
                     answer.finish = piece.finish or answer.finish
                     if answer.left:
                         outcome = "late" if answer.late else "cancelled"

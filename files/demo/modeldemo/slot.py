@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import html
+import re
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -34,10 +35,12 @@ class Slot:
         self._life: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in ROUTES:
-            raise HTTPException(405, f"{scope['path']} does not answer {scope['method']}")
-        if scope["path"].startswith("/v1/"):
-            raise HTTPException(404, f"there is no {scope['path'][:80]}")
+        path, method = scope["path"], scope["method"]
+        one_model = re.fullmatch("/v1/models/[^/]+", path)
+        if allowed := ROUTES.get("/v1/models" if one_model else path):
+            raise HTTPException(405, f"{path[:80]} does not answer {method}", {"Allow": allowed})
+        if path.startswith("/v1/"):
+            raise HTTPException(404, f"there is no {path[:80]}")
         if self._page:
             if scope["path"] in FRONTS and scope["method"] in ("GET", "HEAD"):
                 front = PATHS[chosen(scope)].rstrip("/") + "/"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -90,14 +90,18 @@ class ClipEngine:
         return cls(model_id, model, tokenizer, processor)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Piece]:
-        """Yield one piece with all labels, the best first (labels.write), after empty ones.
+        """Yield one piece with all labels, the best first, after empty ones.
+
+        It is what labels.write writes, or labels.write_json where `sampling.json` is set.
 
         Raises BadRequest without a picture, without a label and for one over the context.
         """
         if not conversation.images:
             raise BadRequest("messages: this model compares a picture with labels; attach one")
         names = labels.read(conversation.turns[-1].text)
-        return self._stream(conversation.images[-1], names, [self._ids(name) for name in names])
+        write = labels.write_json if sampling.json else labels.write
+        ids = [self._ids(name) for name in names]
+        return self._stream(conversation.images[-1], names, ids, write)
 
     def _ids(self, label: str) -> list[int]:
         """The label's tokens between those of beginning and end."""
@@ -111,14 +115,18 @@ class ClipEngine:
 
     @torch.inference_mode()
     def _stream(
-        self, image: Image.Image, names: Sequence[str], ids: Sequence[list[int]]
+        self,
+        image: Image.Image,
+        names: Sequence[str],
+        ids: Sequence[list[int]],
+        write: Callable[[list[labels.Score]], str],
     ) -> Iterator[Piece]:
         yield Piece(prompt_tokens=sum(map(len, ids)))
         try:
             picture = self._picture(image)
             texts = []
             for start in range(0, len(ids), BATCH):
-                yield Piece()
+                yield Piece(pictures_encoded=int(start == 0))
                 texts.append(self._texts(ids[start : start + BATCH]))
             cosines = (torch.cat(texts) @ picture.T)[:, 0]
             shares = (cosines * self._model.logit_scale.float().exp()).softmax(0)
@@ -138,7 +146,7 @@ class ClipEngine:
             labels.Score(name, cosine, None if alone else share)
             for name, cosine, share in zip(names, cosines.tolist(), shares.tolist(), strict=True)
         ]
-        yield Piece(labels.write(scores), finish="stop")
+        yield Piece(write(scores), finish="stop")
 
     def _picture(self, image: Image.Image) -> Tensor:
         """[1, projection] of length 1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from ..engine import BadRequest
 MAX_LABELS = 1000  # ImageNet's, and a bound of what one question may cost
 
 ALONE = "One label has nothing to be compared with; give several, one a line, to get percentages."
-_LINE = re.compile(r"(?:(?P<share>\d+\.\d\d)% )?(?P<label>.+) \(cosine (?P<cosine>-?\d\.\d{4})\)")
+_LINE = re.compile(r"(?P<share>\d+\.\d\d)% (?P<label>.+) \(cosine (?P<cosine>-?\d\.\d{4})\)")
+_ALONE = re.compile(r"(?P<share>)(?P<label>.+) \(cosine (?P<cosine>-?\d\.\d{4})\)")
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,32 @@ def write(scores: list[Score]) -> str:
 
     A label without others gets no percentage, for it could only be 100, and a line that says so.
     """
-    ordered = sorted(scores, key=lambda score: -score.cosine)
     lines = [
         ("" if s.share is None else f"{s.share:.2%} ") + f"{s.label} (cosine {s.cosine:.4f})"
-        for s in ordered
+        for s in _best_first(scores)
     ]
     return "\n".join(lines if len(scores) > 1 else [*lines, ALONE])
 
 
+def write_json(scores: list[Score]) -> str:
+    """The same as one JSON object, for programs: {"labels": [{"label", "probability", "cosine"}]}.
+
+    A label without others has the probability null.
+    """
+    found = [
+        {"label": s.label, "probability": s.share, "cosine": s.cosine} for s in _best_first(scores)
+    ]
+    return json.dumps({"labels": found}, ensure_ascii=False)
+
+
+def _best_first(scores: list[Score]) -> list[Score]:
+    return sorted(scores, key=lambda score: -score.cosine)
+
+
 def parse(answer: str) -> list[Score]:
-    """Read what `write` wrote, for a page or a program."""
-    found = (_LINE.fullmatch(line) for line in answer.splitlines())
+    """Read what `write` wrote, for the page."""
+    line_of = _ALONE if answer.endswith(ALONE) else _LINE
+    found = (line_of.fullmatch(line) for line in answer.splitlines())
     return [
         Score(m["label"], float(m["cosine"]), float(m["share"]) / 100 if m["share"] else None)
         for m in found

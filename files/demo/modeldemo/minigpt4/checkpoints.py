@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -20,8 +19,6 @@ from . import names
 from .files import check_file, shards
 from .model import MiniGPT4
 from .sizes import Sizes
-
-log = logging.getLogger("modeldemo")
 
 Place = Callable[[str, Tensor], Tensor]
 
@@ -172,7 +169,7 @@ _NOT_READ = {
 
 
 def check_language(directory: Path, config: LlamaConfig, pieces: int) -> None:
-    """Raise ModelDemoError for weights that are a delta, or of another vocabulary.
+    """Raise ModelDemoError for weights that are a delta, or of another Vicuna than v0.
 
     A tokenizer of `pieces` pieces is read with them. Old files without a zip's directory are read
     whole for it, the others' headers alone.
@@ -201,10 +198,10 @@ def check_language(directory: Path, config: LlamaConfig, pieces: int) -> None:
             )
         del source, words, norm  # or two files would be in memory while the next is read
     if config.vocab_size == 32000:
-        log.warning(
-            "%s: a vocabulary of 32000 is LLaMA's or Vicuna v1.1's; MiniGPT-4 was trained with "
-            "Vicuna v0, which has 32001: expect worse answers",
-            directory,
+        raise ModelDemoError(
+            f"{directory}: a vocabulary of 32000 rows is LLaMA's or Vicuna v1.1's; MiniGPT-4 was "
+            "trained with Vicuna v0, which has 32001: with another its answers would be garbage; "
+            "take the merged v0"
         )
 
 

@@ -29,8 +29,9 @@ def segments(turns: Sequence[Turn]) -> list[Segment]:
     """The words up to the answer that is to come, parted where the pictures go.
 
     Upstream's text to the letter. Its mark for a picture is in no segment, so one that a user
-    types stays text. Raises BadRequest unless the turns alternate, start and end with the user's
-    and are not empty.
+    types stays text. An earlier turn may be empty: a model can answer nothing, and be asked on.
+    Raises BadRequest unless the turns alternate, start and end with the user's, and the last has
+    a question.
     """
     expected = ["user", "assistant"] * (len(turns) // 2) + ["user"]
     if [t.role for t in turns] != expected:
@@ -38,8 +39,8 @@ def segments(turns: Sequence[Turn]) -> list[Segment]:
             "messages: roles must alternate user, assistant, …, user; "
             f"got {', '.join(t.role for t in turns) or 'none'}"
         )
-    if any(not t.text.strip() for t in turns):
-        raise BadRequest("messages: a message has no text; write a question")
+    if not turns[-1].text.strip():
+        raise BadRequest("messages: the last one has no text; write a question")
     done: list[Segment] = []
     text = SYSTEM + SEPARATOR
     start = end = len(text)

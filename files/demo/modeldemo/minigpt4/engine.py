@@ -89,7 +89,12 @@ class MiniGPT4Engine:
 
     def _stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Piece]:
         with self._explained():
+            before = self._encoded
             parts, embeddings = self._context(conversation, sampling.max_new_tokens)
+            encoded = self._encoded - before
+            reused = len(conversation.images) - encoded
+            length = sum(len(p) if isinstance(p, list) else p.width for p in parts)
+            yield Piece("", 0, length, pictures_encoded=encoded, pictures_reused=reused)
             if sampling.num_beams > 1:
                 yield from self._search(self._embedded(parts, embeddings), sampling)
             else:
@@ -107,7 +112,6 @@ class MiniGPT4Engine:
             marks = [m for part in parts for m in (part if isinstance(part, list) else part.marks)]
             known = decoder.resume(marks)
             logits = decoder.read(self._embedded(parts, pictures)[:, known:], marks[known:])
-        prompt = len(marks)
         for left in reversed(range(sampling.max_new_tokens)):
             with torch.inference_mode():
                 choice = sampler.choose(logits)
@@ -124,17 +128,16 @@ class MiniGPT4Engine:
                 if ahead:
                     decoder.note(token)
             if token == self._tokenizer.eos:
-                yield Piece(answer.finish(), 1, prompt, "stop")
+                yield Piece(answer.finish(), 1, finish="stop")
                 return
             text = answer.add([token])
             if answer.ended:
-                yield Piece(text + answer.finish(), 1, prompt, "stop")
+                yield Piece(text + answer.finish(), 1, finish="stop")
                 return
             if not left:
-                yield Piece(text + answer.finish(), 1, prompt, "length")
+                yield Piece(text + answer.finish(), 1, finish="length")
                 return
-            yield Piece(text, 1, prompt)
-            prompt = 0
+            yield Piece(text, 1)
             if not ahead:
                 with torch.inference_mode():
                     logits = decoder.step(choice[:1])
@@ -142,7 +145,6 @@ class MiniGPT4Engine:
 
     def _search(self, context: Tensor, sampling: Sampling) -> Iterator[Piece]:
         """Beams, by transformers: nothing of an answer is certain before its end."""
-        yield Piece(prompt_tokens=context.shape[1])
         job = _Job(self._model, self._tokenizer, context, sampling)
         job.start()
         try:

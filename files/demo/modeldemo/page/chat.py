@@ -115,7 +115,9 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
             shown = gr.skip() if path else None
             if pictures == "several":
                 on = path is not None or any(message.pictures for message in messages)
-                return [shown, path, gr.skip(), gr.skip(), problem, *fields(on)]
+                waits = sessions.waits(request.session_hash)  # its end opens the question
+                asking = (gr.skip(), gr.skip()) if waits else fields(on)
+                return [shown, path, gr.skip(), gr.skip(), problem, *asking]
             sessions.leave(request.session_hash)
             return [shown, path, [], [], problem, *fields(path is not None)]
 
@@ -124,9 +126,10 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
             text, button = fields(pictures == "none")
             return [None, None, [], [], "", {**text, "value": ""}, button]
 
-        async def forget(request: gr.Request) -> list[Said]:
+        async def forget(path: str | None, request: gr.Request) -> list[Any]:
+            """Empty the conversation; the picture stays, for the next question."""
             sessions.leave(request.session_hash)
-            return []
+            return [[], [], *fields(pictures == "none" or path is not None)]
 
         async def answer(
             path: str | None,
@@ -136,20 +139,25 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
             *values: Any,
         ) -> AsyncIterator[list[Any]]:
             """Stream the answer into the conversation; an error gives the question back."""
+            if sessions.waits(request.session_hash):  # a second click, before the first closed it
+                yield [gr.skip()] * 4
+                return
             asked = asked.strip()
             first = not any(message.pictures for message in messages)
             if not asked or (pictures != "none" and first and not path):
                 gr.Warning(hint)
-                yield [gr.skip()] * 5
+                yield [gr.skip()] * 4
                 return
             gone = sessions.begin(request.session_hash)
             # The one picture belongs to the first question, each of several to the next one.
-            new = (path,) if path and (first or pictures == "several") else ()
+            sent = {picture for message in messages for picture in message.pictures}
+            wanted = path and (first or (pictures == "several" and path not in sent))
+            new = (path,) if path and wanted else ()
             history = [*messages, Said("user", asked, new)]
             closed = gr.update(value="", interactive=False), gr.update(interactive=False)
-            yield [_shown(history, alt, "…"), gr.skip(), gr.skip(), *closed]
             text = ""
             try:
+                yield [_shown(history, alt, "…"), gr.skip(), *closed]
                 system = str(values[0] or "").strip() if before else ""
                 conversation = await _conversation(history, system)
                 sampling = parts.sampling(engine, values[len(before) :])
@@ -158,26 +166,27 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
                     async for piece in pieces:
                         if gone.is_set():
                             # gradio repeats the last output at the end, over an emptied page
-                            yield [gr.skip()] * 5
+                            yield [gr.skip()] * 4
                             return
                         if piece:
                             text += piece
-                            yield [_shown(history, alt, text), *[gr.skip()] * 4]
+                            yield [_shown(history, alt, text), *[gr.skip()] * 3]
             except ModelDemoError as error:
                 gr.Warning(parts.sentence(error, texts))
                 again = gr.update(value=asked, interactive=True), gr.update(interactive=True)
-                yield [_shown(messages, alt), gr.skip(), gr.skip(), *again]
+                yield [_shown(messages, alt), gr.skip(), *again]
                 return
+            finally:
+                sessions.end(request.session_hash, gone)
             opened = gr.update(interactive=True), gr.update(interactive=True)
             shown = _shown(history, alt, text or texts.no_words)
-            kept = None if pictures == "several" else path
-            yield [shown, [*history, Said("assistant", text)], kept, *opened]
+            yield [shown, [*history, Said("assistant", text)], *opened]
 
         gr.on(
             [question.submit, send.click],
             answer,
             [upload, said, question, *before, *controls],
-            [chat, said, upload, question, send],
+            [chat, said, question, send],
             concurrency_limit=None,  # the runner has the queue, for this page and the API alike
             show_progress="hidden",
             api_name="answer",
@@ -204,7 +213,14 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
             api_name="restart",
             api_visibility="undocumented",
         )
-        chat.clear(forget, None, said, show_progress="hidden", api_visibility="private")
+        chat.clear(
+            forget,
+            upload,
+            [chat, said, question, send],  # the page empties chat itself, but an answer refills it
+            show_progress="hidden",
+            api_name="forget",
+            api_visibility="undocumented",
+        )
         page.unload(leave)
     return page
 

@@ -45,6 +45,15 @@ class Sessions:
         self._running[session] = gone = asyncio.Event()
         return gone
 
+    def end(self, session: str | None, gone: asyncio.Event) -> None:
+        """The answer that `begin` gave this event to is whole, or failed."""
+        if self._running.get(session) is gone:
+            del self._running[session]
+
+    def waits(self, session: str | None) -> bool:
+        """Whether an answer comes to this browser."""
+        return session in self._running
+
     def leave(self, session: str | None) -> None:
         if gone := self._running.pop(session, None):
             gone.set()

@@ -28,6 +28,8 @@ CSS = """
 #ask { align-items: stretch; }
 #question textarea { font-size: 1rem; }
 #send, #restart { min-width: 6.5rem; white-space: nowrap; }
+.gradio-container :is(a, button, input, textarea):focus-visible {
+  outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
 #shares h2 { font-size: 1rem; margin: 0 0 .5rem; }
 #shares ol { list-style: none; margin: 0; padding: 0; }
 #shares li { display: grid; grid-template-columns: 1fr auto; gap: .15rem .8rem; margin: 0 0 .7rem;
