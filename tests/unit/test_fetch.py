@@ -234,6 +234,13 @@ class TestATokenOfThePerson:
         assert {sent[path] for path in sent if "/cdn/" not in path} == {"Bearer hf_secret"}
         assert {sent[path] for path in sent if "/cdn/" in path} == {None}
 
+    def test_may_have_come_with_a_line_s_end(self, site: Site, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms_secret\n")
+        site.fetch(site.set({"modelscope": REPOSITORY}))
+        assert site.there() == WANTED
+        sent = {headers["authorization"] for _, _, headers in site.hub.asked}
+        assert sent == {"Bearer ms_secret"}
+
     def test_is_in_no_message(self, site: Site, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         site.hub.faults = [always("/resolve/", respond(403))]
@@ -256,9 +263,9 @@ class TestASourceThatWillNot:
         ("how", "words"),
         [
             (respond(404, X_Error_Code="RepoNotFound"), "is not there, or private"),
-            (respond(401), "answers 401: it is private"),
+            (respond(401), "answers 401: it is private, or your token is wrong"),
             (respond(403, X_Error_Code="GatedRepo"), "accept its terms on its page"),
-            (respond(403), "private, or access must be asked for"),
+            (respond(403), "answers 403: access to it must be asked for"),
         ],
     )
     def test_ends_the_run_at_once_with_what_to_do(
@@ -276,6 +283,35 @@ class TestASourceThatWillNot:
         assert site.states(fetching) == {"failed"}
         assert {"accept its terms on its page" in file.why for file in fetching.files} == {True}
         assert len(site.hub.paths("/resolve/")) == len(WANTED)
+
+    @pytest.mark.parametrize("name", ["../../evil.json", "/evil.json", "a\nb.json", "a/../b.json"])
+    @pytest.mark.parametrize("kind", ["huggingface", "modelscope"])
+    def test_names_a_file_that_no_folder_could_hold_is_refused(
+        self, site: Site, kind: str, name: str
+    ):
+        site.hub.repositories[REPOSITORY][name] = b"{}"
+        # As a server that wants it there would answer.
+        site.hub.faults = [always("evil.json", respond(200, b"{}"))]
+        fetching = site.fetch(site.set({kind: REPOSITORY}))
+        assert f"lists {name!r}, no name of a file below its folder" in fetching.sets[0].error
+        assert {path.name for path in site.folder.rglob("*.json")} == set()
+
+    def test_has_an_odd_name_for_what_nobody_wants_is_asked_all_the_same(self, site: Site):
+        site.hub.repositories[REPOSITORY]["notes\n.txt"] = b"notes"
+        assert site.fetch().sets[0].done
+        assert site.there() == WANTED
+
+    @pytest.mark.parametrize(
+        ("kind", "variable"),
+        [("huggingface", "HF_TOKEN"), ("modelscope", "MODELSCOPE_API_TOKEN")],
+    )
+    def test_cannot_be_told_a_token_is_not_asked_for_days(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, kind: str, variable: str
+    ):
+        monkeypatch.setenv(variable, "s\u00e9cret")
+        fetching = site.fetch(site.set({kind: REPOSITORY}))
+        assert f"{variable} has characters that no token has" in fetching.sets[0].error
+        assert site.hub.asked == []
 
     def test_has_a_wrong_certificate_and_is_not_asked_again(self, site: Site, tmp_path: Path):
         with other_site(certificate=certified(tmp_path, "127.0.0.1")) as other:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from gpufleet.catalog import plain
 from gpufleet.weights.fetch import hubs, plan
 from gpufleet.weights.fetch.partial import FOLDER
 from gpufleet.weights.fetch.plan import Remote
@@ -42,12 +43,19 @@ class Sources:
                 source, endpoints = self._every[index], self._options.endpoints
                 try:
                     kept = hubs.listing(source, endpoints, listed, self._pinned())
+                    self._refuse_odd_names(kept)
                 except hubs.Refused as error:
                     kept = error
                 self._listings[index] = kept
         if isinstance(kept, hubs.Refused):
             raise kept
         return kept
+
+    def _refuse_odd_names(self, listing: hubs.Listing) -> None:
+        """A mirror is as good as who runs it: a file's name could lead out of the store."""
+        for path in plan.wanted(self._set.weights, listing.files):
+            if not plain(path):
+                raise hubs.Refused(f"lists {path!r}, no name of a file below its folder")
 
     def first(self, turns: Turns, say: Callable[[str], None]) -> Mapping[str, Remote]:
         """What the first source that answers has; waits for one as long as patience goes.
