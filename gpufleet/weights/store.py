@@ -58,13 +58,22 @@ class Store:
             raise FleetError(f"{line} {name}") from None
 
     def learn(self, name: str, learnt: Learnt) -> None:
-        """Write down what a verified sight of a set told; whole or not at all."""
+        """Write down what a verified sight of a set told; whole or not at all.
+
+        Raises FleetError where the store cannot be written.
+        """
         path = self._record(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}")
         files = [one.model_dump() for one in learnt.files]
-        aside.write_text(json.dumps({**asdict(learnt), "files": files}, indent=1), "utf-8")
-        aside.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps({**asdict(learnt), "files": files}, indent=1), "utf-8")
+            aside.replace(path)
+        except OSError as error:
+            raise FleetError(
+                f"cannot write {path}: {error.strerror}: make the store writable, or copy "
+                "the files to one that is: what they must be cannot be noted"
+            ) from None
 
     def files(self, name: str) -> tuple[WeightFile, ...]:
         """Every file of a set, wholly known, with its path below the store.

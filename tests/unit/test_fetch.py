@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +27,9 @@ from gpufleet.errors import FleetError
 from gpufleet.weights.digests import Digests
 from gpufleet.weights.fetch import hubs
 from gpufleet.weights.fetch.partial import FOLDER
-from gpufleet.weights.fetch.plan import Policy
+from gpufleet.weights.fetch.plan import Content, Policy
 from gpufleet.weights.fetch.run import Fetch, sets_of
-from gpufleet.weights.fetch.work import Options
+from gpufleet.weights.fetch.work import File, Options
 from gpufleet.weights.store import Store
 
 #: As patient as a test may be.
@@ -585,6 +586,53 @@ class TestWhatIsThereUnderAFileSName:
         assert path.read_bytes() == FILES[BIG]
         assert site.hub.sent == len(FILES[BIG])
 
+    def test_is_the_start_for_two_fetches_at_once(self, site: Site):
+        path = site.store.root / "tiny" / BIG
+        path.parent.mkdir(parents=True)
+        path.write_bytes(FILES[BIG][:700_000])
+        site.hub.rate = 1_000_000
+        both = [threading.Thread(target=site.fetch, args=(site.one(),)) for _ in range(2)]
+        for one in both:
+            one.start()
+        for one in both:
+            one.join()
+        assert site.there() == {BIG: FILES[BIG]}
+        assert (site.hub.sent, site.partial()) == (200_000, [])
+
+    @pytest.mark.parametrize("link", [os.symlink, os.link])
+    def test_is_left_alone_where_it_is_another_file_s_second_name(
+        self, site: Site, tmp_path: Path, link: Callable[[Path, Path], None]
+    ):
+        other = tmp_path / "other.bin"
+        other.write_bytes(FILES[BIG][:700_000])
+        path = site.store.root / "tiny" / BIG
+        path.parent.mkdir(parents=True)
+        link(other, path)
+        site.fetch(site.one())
+        assert site.there() == {BIG: FILES[BIG]}
+        assert other.read_bytes() == FILES[BIG][:700_000]
+
+    def test_and_changes_while_it_is_read_is_not_taken_for_what_it_was(self, site: Site):
+        path = site.store.root / "tiny" / BIG
+        path.parent.mkdir(parents=True)
+        path.write_bytes(FILES[BIG])
+        seen: list[int] = []
+
+        class Touched(File):
+            def __setattr__(self, name: str, value: Any) -> None:
+                super().__setattr__(name, value)
+                if name == "bytes" and value and not seen:
+                    seen.append(value)
+                    with path.open("r+b") as stream:
+                        stream.write(b"another beginning")
+
+        fetching = Fetch((site.one(),), Options(site.store), Digests(), site.say)
+        content = Content(len(FILES[BIG]), sha256(FILES[BIG]))
+        file = Touched("tiny", BIG, f"tiny/{BIG}", content)
+        with pytest.raises(OSError, match="changed while it was read"):
+            fetching._single.look(file)
+        assert Digests().known(path) is None
+
 
 class TestAFolderOfABrowser:
     @pytest.fixture
@@ -627,6 +675,30 @@ class TestAFolderOfABrowser:
         (downloads / f"{BIG}.crdownload").write_bytes(b"\0" * 600_000)
         site.fetch(site.one(), folders=(downloads,))
         assert site.there() == {BIG: FILES[BIG]}
+
+    @pytest.mark.parametrize("name", [BIG, f"{BIG}.crdownload"])
+    def test_may_lose_a_file_meanwhile(self, site: Site, downloads: Path, name: str):
+        (downloads / name).write_bytes(FILES[BIG][: 900_000 if name == BIG else 600_000])
+
+        def lose(request: Request) -> bool:
+            (downloads / name).unlink(missing_ok=True)
+            return False
+
+        site.hub.faults = [lose]
+        assert site.fetch(folders=(downloads,)).sets[0].done
+        assert site.there() == WANTED
+
+    def test_may_be_on_another_disk(self, site: Site):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            path = Path(folder, "download")
+            path.write_bytes(FILES[BIG])
+            if path.stat().st_dev == site.folder.stat().st_dev:
+                pytest.skip("/dev/shm is this test's own disk")
+            (file,) = site.fetch(site.one(), folders=(Path(folder),)).files
+            assert (file.state, file.bytes) == ("picked", len(FILES[BIG]))
+            assert path.exists()
+        assert site.there() == {BIG: FILES[BIG]}
+        assert (site.hub.sent, site.partial()) == (0, [])
 
     def test_must_be_there(self, site: Site, tmp_path: Path):
         with pytest.raises(FleetError, match=r"--from .*nowhere: no such folder"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from gpufleet.catalog import plain
+from gpufleet.errors import FleetError
 from gpufleet.weights.fetch import hubs, plan
 from gpufleet.weights.fetch.partial import FOLDER
 from gpufleet.weights.fetch.plan import Remote
@@ -92,10 +92,15 @@ class Sources:
     def _keep(self, origin: str) -> None:
         aside = self._pin.with_suffix(f".{threading.get_native_id()}")
         # Another fetch may end meanwhile and remove the empty folder; the origin is then learnt.
-        with suppress(FileNotFoundError, FileExistsError):
+        try:
             self._pin.parent.mkdir(parents=True, exist_ok=True)
             aside.write_text(f"{origin}\n", "utf-8")
             aside.replace(self._pin)
+        except (FileNotFoundError, FileExistsError):
+            pass
+        except OSError as error:
+            line = f"cannot write {self._pin.parent}: {error.strerror}: see --store"
+            raise FleetError(line) from None
 
     def forget(self) -> None:
         """The set is whole: the store has its origin now."""
