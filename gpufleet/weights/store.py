@@ -75,6 +75,16 @@ class Store:
                 "the files to one that is: what they must be cannot be noted"
             ) from None
 
+    def forget(self, name: str) -> None:
+        """Drop what was learnt of a set, which is about to be another one. Raises FleetError."""
+        path = self._record(name)
+        try:
+            if path.exists():
+                path.unlink()
+        except OSError as error:
+            line = f"cannot remove {path}: {error.strerror}: make the store writable"
+            raise FleetError(line) from None
+
     def files(self, name: str) -> tuple[WeightFile, ...]:
         """Every file of a set, wholly known, with its path below the store.
 

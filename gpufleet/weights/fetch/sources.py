@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from gpufleet.catalog import plain
@@ -104,7 +105,8 @@ class Sources:
 
     def forget(self) -> None:
         """The set is whole: the store has its origin now."""
-        self._pin.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._pin.unlink()
 
     def hint(self) -> str:
         """What a person can do about what no program can fetch, to follow a line; may be empty."""
