@@ -95,7 +95,7 @@ class Stock:
         if self.state == "verified":
             return ()
         if self.state == "here":
-            return (f"./fleet weights verify {self.name}",)
+            return (Store(self.root).command("verify", self.name),)
         return ways(self.name, self.weights, self.root)
 
     def problems(self, *, missing: bool = True) -> list[tuple[str, str, str]]:
@@ -144,12 +144,14 @@ def ways(name: str, weights: WeightSet, root: Path) -> tuple[str, ...]:
     if weights.in_checkout is not None:
         own = ROOT / weights.in_checkout
         return (f"git restore {own}" if root == own else f"copy it from {own}",)
-    found = [f"./fleet weights merge {name}"] if weights.made else []
+    store = Store(root)
+    found = [store.command("merge", name)] if weights.made else []
     if any(source.by_hand is None for source in weights.sources):
-        found.append(f"./fleet weights fetch {name}")
+        found.append(store.command("fetch", name))
     elif weights.sources:
         place = weights.sources[0].by_hand
-        found.append(f"download it from {place}, then ./fleet weights fetch {name} --from FOLDER")
+        then = store.command("fetch", name, "--from FOLDER")
+        found.append(f"download it from {place}, then {then}")
     return tuple(found)
 
 
@@ -357,7 +359,7 @@ def _together(stock: Stock) -> Stock:
     proven = {f.path for f in whole if f.known == "catalogue" and f.state == "verified"}
     paths = [file.path for file in whole]
     doubtful = set(paths) - proven
-    found = inspect.together(stock.folder, stock.name, stock.weights, paths) if doubtful else []
+    found = inspect.together(stock.folder, stock.weights, paths) if doubtful else []
     flaws = {one.path: one.flaw for one in reversed(found) if one.path in doubtful}
     files = [
         replace(file, state="wrong", flaw=flaws[file.path]) if file.path in flaws else file

@@ -710,7 +710,7 @@ class TestAFolderOfABrowser:
         assert file.why == (
             "no program can fetch it: download it by hand from "
             "https://drive.example.org/file/d/1RY9 into a folder, then "
-            f"./fleet weights fetch {name} --from FOLDER"
+            f"./fleet weights fetch {name} --from FOLDER --store {site.store.root}"
         )
         (downloads / f"{BIG[:-4]} (1).bin").write_bytes(FILES[BIG])
         assert site.states(site.fetch(name, folders=(downloads,))) == {"picked"}

@@ -380,7 +380,7 @@ class TestTheCommand:
     def test_says_which_part_of_a_set_is_missing(self, tmp_path: Path):
         code, line = self.run("vicuna-7b-v0", "--store", str(tmp_path))
         assert code == 2
-        assert line.endswith("is missing: ./fleet weights fetch llama-7b-hf")
+        assert line.endswith(f"is missing: ./fleet weights fetch llama-7b-hf --store {tmp_path}")
 
     def test_refuses_before_torch_is_needed(self, tmp_path: Path):
         (tmp_path / "vicuna-pico").mkdir()

@@ -297,7 +297,7 @@ def folder(tmp_path: Path) -> Path:
 def flaws(folder: Path, name: str = "vicuna-pico", **change: Any) -> dict[str, Flaw]:
     weights = catalog.weight_set(name).model_copy(update=change)
     paths = sorted(path.name for path in folder.iterdir())
-    return {one.path: one.flaw for one in inspect.together(folder, name, weights, paths)}
+    return {one.path: one.flaw for one in inspect.together(folder, weights, paths)}
 
 
 class TestFilesBesideEachOther:
@@ -334,9 +334,8 @@ class TestFilesBesideEachOther:
     def test_a_delta_that_was_not_merged(self):
         base = catalog.weight_set("vicuna-pico")
         paths = [path.name for path in (PICO / "vicuna-pico-delta").iterdir()]
-        (found,) = inspect.together(PICO / "vicuna-pico-delta", "vicuna-pico", base, paths)
+        (found,) = inspect.together(PICO / "vicuna-pico-delta", base, paths)
         assert found.flaw.kind == "delta-not-merged"
-        assert found.flaw.do == "./fleet weights merge vicuna-pico"
 
     def test_a_model_in_the_place_of_a_delta(self, folder: Path):
         (found,) = flaws(folder, "vicuna-pico-delta").values()
@@ -397,13 +396,13 @@ class TestFilesBesideEachOther:
         ],
     )
     def test_one_part_in_the_place_of_another(self, name: str, file: str):
-        (found,) = inspect.together(PICO, name, catalog.weight_set(name), [file])
+        (found,) = inspect.together(PICO, catalog.weight_set(name), [file])
         assert found.flaw.kind == "wrong-part"
 
     def test_a_projection_of_the_other_size(self):
         thirteen = catalog.weight_set("minigpt4-pico").model_copy(update={"hidden_size": 5120})
         files = [file.path for file in thirteen.files]
-        (found,) = inspect.together(PICO, "minigpt4-13b", thirteen, files)
+        (found,) = inspect.together(PICO, thirteen, files)
         assert found.flaw.kind == "wrong-pair"
         assert "hidden size 5120, 13B is needed" in found.flaw.what
 

@@ -145,7 +145,7 @@ class TestVerify:
         (line,) = verified(store, name).problems()
         assert line == (
             f"{store / 'eva_vit_pico.pth'} is eva_vit_pico.pth of pico-vision, under another name: "
-            f"./fleet weights fetch {name}"
+            f"./fleet weights fetch {name} --store {store}"
         )
 
     def test_a_file_that_the_catalogues_hash_proves_right_is_right(self, store: Path):
@@ -230,7 +230,7 @@ class TestLearning:
         assert "is not what was learnt" in line
         path.unlink()
         (line,) = verified(store, name).problems()
-        assert line == f"{path} is missing: ./fleet weights fetch {name}"
+        assert line == f"{path} is missing: ./fleet weights fetch {name} --store {store}"
 
     @pytest.mark.parametrize(
         ("spoil", "said"),
@@ -376,7 +376,8 @@ class TestTheCommand:
         done = fleet("verify", "eva-vit-g", "--store", tmp_path)
         assert done.returncode == 1
         assert done.stderr == (
-            f"{tmp_path}/eva_vit_g.pth is missing: ./fleet weights fetch eva-vit-g\n"
+            f"{tmp_path}/eva_vit_g.pth is missing: "
+            f"./fleet weights fetch eva-vit-g --store {tmp_path}\n"
         )
 
     def test_an_unknown_name_is_one_line_and_exit_code_2(self, fleet: Fleet):

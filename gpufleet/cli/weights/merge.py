@@ -180,7 +180,8 @@ def _folders(
         if not folder.is_dir() and one.in_checkout is not None:
             folder = stores.Store(ROOT / one.in_checkout).folder(one)
         if not folder.is_dir():
-            raise UsageError(f"{folder}, the {one.title}, is missing: ./fleet weights fetch {part}")
+            get = where.command("fetch", part)
+            raise UsageError(f"{folder}, the {one.title}, is missing: {get}")
         found.append(folder)
     output = where.folder(weights)
     return (found[0], found[1], output), weights.made.version, (made[0], where)

@@ -111,11 +111,13 @@ class Sources:
     def hint(self) -> str:
         """What a person can do about what no program can fetch, to follow a line; may be empty."""
         weights, name = self._set.weights, self._set.name
+        command = self._options.store.command
         hints = [
-            f"download it by hand from {page} into a folder, then ./fleet weights fetch {name} "
-            "--from FOLDER"
+            f"download it by hand from {page} into a folder, then "
+            f"{command('fetch', name, '--from FOLDER')}"
             for page in plan.by_hand(weights.sources)
         ]
         if weights.made:
-            hints.append(f"./fleet weights fetch {name} --parts, then ./fleet weights merge {name}")
+            parts = command("fetch", name, "--parts")
+            hints.append(f"{parts}, then {command('merge', name)}")
         return f": {'; or '.join(hints)}" if hints else ""
