@@ -7,15 +7,18 @@ import pickle
 import shutil
 import struct
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpufleet import ROOT, catalog
+from gpufleet.errors import UsageError
 from gpufleet.weights import inspect
 from gpufleet.weights.headers import LEGACY, Damaged, tensors
 from gpufleet.weights.inspect import Flaw, flaw
+from gpufleet.weights.merge import checkpoint
 
 PICO = ROOT / "files" / "weights" / "pico"
 SHARD = PICO / "vicuna-pico" / "pytorch_model-00003-of-00003.bin"
@@ -164,6 +167,19 @@ class TestOneFile:
             "truncated",
             "is truncated: the end of its zip archive is missing",
         )
+
+    def test_any_wrong_byte_of_a_zip_s_directory_is_no_error_of_ours(self, shard: Path):
+        whole = shard.read_bytes()
+        with zipfile.ZipFile(shard) as archive:
+            start = archive.start_dir
+        kinds = set()
+        for at in range(start, start + 160):
+            shard.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+            found = flaw(shard)
+            kinds.add(found and found.kind)
+            with suppress(UsageError):
+                checkpoint.tensors_of(shard)
+        assert kinds >= {"truncated", "not-a-checkpoint"}
 
     def test_truncated_safetensors(self, tmp_path: Path):
         path = safetensors(tmp_path / "m.safetensors", a=("F32", [20], b"\1" * 80))
