@@ -31,10 +31,15 @@ class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _relative(path: str) -> str:
+def plain(path: str) -> bool:
+    """Whether a path stays below the folder that it is relative to, and fits on a line."""
     pure = PurePosixPath(path)
-    plain = str(pure) == path and path.isprintable() and not path.startswith("-")
-    if pure.is_absolute() or ".." in pure.parts or not plain:
+    inside = not pure.is_absolute() and ".." not in pure.parts and pure != PurePosixPath()
+    return inside and str(pure) == path and path.isprintable() and not path.startswith("-")
+
+
+def _relative(path: str) -> str:
+    if not plain(path):
         raise ValueError("must be a plain path relative to the weights folder")
     return path
 

@@ -7,6 +7,7 @@ import json
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from typing import IO, Any
 #: The first bytes of what torch wrote before it used zip: a pickled number.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 ZIP = b"PK\x03\x04"
+
+#: What zipfile and its readers raise, beside BadZipFile, for an archive with wrong bytes in it.
+ODD_ZIP = (RuntimeError, UnicodeDecodeError, EOFError, struct.error, zlib.error)
 
 #: More than any header of a real checkpoint, in bytes.
 _LARGEST = 64 << 20
@@ -139,10 +143,12 @@ def _zip(path: Path) -> dict[str, Tensor]:
                 if one.filename.startswith(f"{root}data/")
             }
             index = archive.read(indexes[0])
+        with path.open("rb") as stream:
+            starts = {key: _start(stream, place) for key, place in places.items()}
     except zipfile.BadZipFile:
         raise Damaged("is truncated: the end of its zip archive is missing") from None
-    with path.open("rb") as stream:
-        starts = {key: _start(stream, place) for key, place in places.items()}
+    except ODD_ZIP:
+        raise Damaged("is damaged: its zip archive makes no sense") from None
     return _flat(_Reader(io.BytesIO(index), starts).whole())
 
 

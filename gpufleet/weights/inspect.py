@@ -263,7 +263,7 @@ def shards(folder: Path, weights: WeightSet) -> dict[str, str]:
     return names
 
 
-def together(folder: Path, name: str, weights: WeightSet, paths: Sequence[str]) -> list[Found]:
+def together(folder: Path, weights: WeightSet, paths: Sequence[str]) -> list[Found]:
     """What is wrong with a set's files beside each other, though each is whole by itself.
 
     Sizes, vocabulary and index are compared with one another and with what the catalogue says of
@@ -288,7 +288,7 @@ def together(folder: Path, name: str, weights: WeightSet, paths: Sequence[str]) 
     if weights.kind in ("llama", "delta") and weights.made is None:
         found += [Found(path, _OLD) for path in read if old(folder / path)]
     if weights.kind in ("llama", "delta"):
-        found += _language(folder, name, weights, read, where)
+        found += _language(folder, weights, read, where)
     elif weights.kind in _PARTS:
         found += _part(weights, read)
     return found
@@ -320,7 +320,6 @@ def _wrong_size(hidden: int, weights: WeightSet) -> Flaw:
 
 def _language(
     folder: Path,
-    name: str,
     weights: WeightSet,
     read: Mapping[str, Mapping[str, Tensor]],
     where: Mapping[str, str],
@@ -347,9 +346,8 @@ def _language(
         values = read[path]["model.norm.weight"].values(folder / path)
         mean = sum(map(abs, values)) / len(values) if values else None
         if mean is not None and weights.kind == "llama" and mean < _DELTA_BELOW:
-            how = f"./fleet weights merge {name}" if weights.made else ""
             what = "is the delta, not the model: it has to be added to LLaMA's weights first"
-            found.append(Found(path, Flaw("delta-not-merged", what, how)))
+            found.append(Found(path, Flaw("delta-not-merged", what)))
         if mean is not None and weights.kind == "delta" and mean > _MODEL_ABOVE:
             what = "is of a whole model, not of a delta: do not merge it again"
             found.append(Found(path, Flaw("not-a-delta", what)))

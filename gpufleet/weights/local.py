@@ -36,7 +36,8 @@ def check_source(settings: Settings, model: Model) -> list[str]:
     """
     folder = source(settings, model)
     if not folder.is_dir():
-        return [f"weights.source: no folder {folder}: ./fleet weights fetch {settings.model}"]
+        get = Store(folder).command("fetch", settings.model)
+        return [f"weights.source: no folder {folder}: {get}"]
     sets = [(name, Store(folder)) for name in model.weights]
     models = {settings.model: model.weights}
     found = stock.verify(sets, learn=False, models=models).problems()

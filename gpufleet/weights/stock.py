@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from gpufleet import ROOT, catalog
-from gpufleet.catalog import WeightFile, WeightSet
+from gpufleet.catalog import WeightFile, WeightSet, plain
+from gpufleet.errors import FleetError
 from gpufleet.weights import inspect, store
 from gpufleet.weights.digests import Digests, Progress
 from gpufleet.weights.inspect import CHECKPOINTS, Flaw
@@ -55,6 +57,8 @@ class Stock:
     lacks: str = ""
     learnt: Learnt | None = None
     """What this look at it added to the store."""
+    unlearnt: str = ""
+    """Why it could not."""
 
     @property
     def folder(self) -> Path:
@@ -91,7 +95,7 @@ class Stock:
         if self.state == "verified":
             return ()
         if self.state == "here":
-            return (f"./fleet weights verify {self.name}",)
+            return (Store(self.root).command("verify", self.name),)
         return ways(self.name, self.weights, self.root)
 
     def problems(self, *, missing: bool = True) -> list[tuple[str, str, str]]:
@@ -105,6 +109,8 @@ class Stock:
             absent = [one.path for one in self.files if one.state in ("missing", "partial")]
             if absent or self.lacks:
                 lines.append(("missing", ", ".join(absent), self._absent(absent)))
+        if self.unlearnt:
+            lines.append(("unreadable", "", self.unlearnt))
         return lines
 
     def line(self, file: File) -> str:
@@ -138,12 +144,14 @@ def ways(name: str, weights: WeightSet, root: Path) -> tuple[str, ...]:
     if weights.in_checkout is not None:
         own = ROOT / weights.in_checkout
         return (f"git restore {own}" if root == own else f"copy it from {own}",)
-    found = [f"./fleet weights merge {name}"] if weights.made else []
+    store = Store(root)
+    found = [store.command("merge", name)] if weights.made else []
     if any(source.by_hand is None for source in weights.sources):
-        found.append(f"./fleet weights fetch {name}")
+        found.append(store.command("fetch", name))
     elif weights.sources:
         place = weights.sources[0].by_hand
-        found.append(f"download it from {place}, then ./fleet weights fetch {name} --from FOLDER")
+        then = store.command("fetch", name, "--from FOLDER")
+        found.append(f"download it from {place}, then {then}")
     return tuple(found)
 
 
@@ -192,7 +200,8 @@ def _lying(folder: Path, weights: WeightSet) -> set[str]:
     found = set(inspect.shards(folder, weights).values())
     if folder.is_dir():
         found |= {path.name for path in folder.iterdir() if path.is_file()}
-    return {name for name in found if any(fnmatch.fnmatch(name, one) for one in weights.include)}
+    named = {name for name in found if any(fnmatch.fnmatch(name, one) for one in weights.include)}
+    return {name for name in named if plain(name)}
 
 
 def _lacking(name: str, weights: WeightSet, where: Store, files: Sequence[File]) -> str:
@@ -216,6 +225,8 @@ def _seen(where: Store, weights: WeightSet, folder: Path, file: File, digests: D
         known = digests.known(path)
     except FileNotFoundError:
         begun = _begun(where.root / ".partial" / weights.place(file.path))
+        if not begun and path.exists():  # a fetch has just given it its name
+            return _seen(where, weights, folder, file, digests)
         return replace(file, state="partial" if begun else "missing", here=max(begun, default=0))
     except OSError:
         flaw = inspect.flaw(path)
@@ -231,10 +242,11 @@ def _seen(where: Store, weights: WeightSet, folder: Path, file: File, digests: D
 
 def _begun(place: Path) -> list[int]:
     """Bytes of unfinished downloads of a file: its name, a dot, the first digits of its hash."""
-    if not place.parent.is_dir():
-        return []
     named = re.compile(re.escape(place.name) + r"\.[0-9a-f]{0,16}")
-    return [one.stat().st_size for one in place.parent.iterdir() if named.fullmatch(one.name)]
+    try:
+        return [one.stat().st_size for one in place.parent.iterdir() if named.fullmatch(one.name)]
+    except (FileNotFoundError, NotADirectoryError):  # a fetch may end meanwhile
+        return []
 
 
 @dataclass
@@ -310,8 +322,10 @@ def _check(stock: Stock, file: File, said: str | OSError, names: Mapping[str, st
     path = stock.folder / file.path
     flaw: Flaw | None
     if isinstance(said, OSError):
-        what = f"cannot be read: {said.strerror}"
-        flaw = Flaw("unreadable", what, "check its permissions and the disk")
+        what, do = f"cannot be read: {said.strerror}", "check its permissions and the disk"
+        if said.errno == errno.EBUSY:
+            what, do = str(said.strerror), "let the change end, then verify again"
+        flaw = Flaw("unreadable", what, do)
     elif said == file.sha256:
         return replace(file, state="verified")
     else:
@@ -345,7 +359,7 @@ def _together(stock: Stock) -> Stock:
     proven = {f.path for f in whole if f.known == "catalogue" and f.state == "verified"}
     paths = [file.path for file in whole]
     doubtful = set(paths) - proven
-    found = inspect.together(stock.folder, stock.name, stock.weights, paths) if doubtful else []
+    found = inspect.together(stock.folder, stock.weights, paths) if doubtful else []
     flaws = {one.path: one.flaw for one in reversed(found) if one.path in doubtful}
     files = [
         replace(file, state="wrong", flaw=flaws[file.path]) if file.path in flaws else file
@@ -362,7 +376,10 @@ def _learn(stock: Stock, sums: Mapping[Path, str | OSError]) -> Stock:
         for one in stock.files
     )
     learnt = Learnt(SEEN, files, dt.date.today().isoformat())
-    Store(stock.root).learn(stock.name, learnt)
+    try:
+        Store(stock.root).learn(stock.name, learnt)
+    except FleetError as error:
+        return replace(stock, unlearnt=str(error))
     known = {file.path: file.sha256 for file in files}
     verified = [
         replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +43,13 @@ class Store:
         """Where a set's files lie."""
         return self.root / weights.folder if weights.folder else self.root
 
+    def command(self, verb: str, name: str, *options: str) -> str:
+        """The command line that does something with a set in this store."""
+        words = ["./fleet weights", verb, name, *options]
+        if self.root.absolute() != default():
+            words += ["--store", shlex.quote(str(self.root))]
+        return " ".join(words)
+
     def learnt(self, name: str) -> Learnt | None:
         """What was learnt of a set here. Raises FleetError for a record that makes no sense."""
         path = self._record(name)
@@ -54,17 +62,36 @@ class Store:
         except OSError as error:
             raise FleetError(f"{path}: {error.strerror}: check its permissions") from None
         except (ValueError, TypeError, KeyError, AttributeError):
-            line = f"{path}: not a record of learnt files: remove it, then ./fleet weights verify"
-            raise FleetError(f"{line} {name}") from None
+            line = f"{path}: not a record of learnt files: remove it, then"
+            raise FleetError(f"{line} {self.command('verify', name)}") from None
 
     def learn(self, name: str, learnt: Learnt) -> None:
-        """Write down what a verified sight of a set told; whole or not at all."""
+        """Write down what a verified sight of a set told; whole or not at all.
+
+        Raises FleetError where the store cannot be written.
+        """
         path = self._record(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}")
         files = [one.model_dump() for one in learnt.files]
-        aside.write_text(json.dumps({**asdict(learnt), "files": files}, indent=1), "utf-8")
-        aside.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps({**asdict(learnt), "files": files}, indent=1), "utf-8")
+            aside.replace(path)
+        except OSError as error:
+            raise FleetError(
+                f"cannot write {path}: {error.strerror}: make the store writable, or copy "
+                "the files to one that is: what they must be cannot be noted"
+            ) from None
+
+    def forget(self, name: str) -> None:
+        """Drop what was learnt of a set, which is about to be another one. Raises FleetError."""
+        path = self._record(name)
+        try:
+            if path.exists():
+                path.unlink()
+        except OSError as error:
+            line = f"cannot remove {path}: {error.strerror}: make the store writable"
+            raise FleetError(line) from None
 
     def files(self, name: str) -> tuple[WeightFile, ...]:
         """Every file of a set, wholly known, with its path below the store.
@@ -81,11 +108,11 @@ class Store:
             size = other.bytes if listed.bytes is None and other else listed.bytes
             sha256 = other.sha256 if listed.sha256 is None and other else listed.sha256
             if size is None or sha256 is None:
-                raise FleetError(_unknown(name, weights, listed.path))
+                raise FleetError(self._unknown(name, weights, listed.path))
             found[listed.path] = WeightFile(path=listed.path, bytes=size, sha256=sha256)
         if not weights.listed:
             if record is None:
-                raise FleetError(_unknown(name, weights))
+                raise FleetError(self._unknown(name, weights))
             found |= {path: file for path, file in learnt.items() if path not in found}
         return tuple(
             file.model_copy(update={"path": weights.place(file.path)}) for file in found.values()
@@ -94,13 +121,12 @@ class Store:
     def _record(self, name: str) -> Path:
         return self.root / ".learnt" / f"{Path(name).stem}.json"
 
-
-def _unknown(name: str, weights: WeightSet, path: str = "") -> str:
-    what = f"the sha256 of {path} is" if path else "its files are"
-    how = f"./fleet weights fetch {name}" if weights.sources else ""
-    if weights.made:
-        how = f"./fleet weights merge {name}" + (f" or {how}" if how else "")
-    return f"weight set {name}: {what} not known yet: {how}, or ./fleet weights verify {name}"
+    def _unknown(self, name: str, weights: WeightSet, path: str = "") -> str:
+        what = f"the sha256 of {path} is" if path else "its files are"
+        ways = [self.command("merge", name)] if weights.made else []
+        ways += [self.command("fetch", name)] if weights.sources else []
+        how = " or ".join(ways)
+        return f"weight set {name}: {what} not known yet: {how}, or {self.command('verify', name)}"
 
 
 def sets(names: Sequence[str]) -> list[str]:

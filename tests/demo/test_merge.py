@@ -213,6 +213,54 @@ def test_every_user_may_read_the_output_and_nothing_is_left_beside_it(
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_may_be_a_link_to_an_empty_folder_or_to_none(
+    version: Pair, tmp_path: Path, there: bool
+):
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "vicuna").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "vicuna")
+    version.merge(tmp_path / "out")
+    assert_same(read(tmp_path / "disk" / "vicuna"), version.right)
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["vicuna"]
+
+
+def test_an_output_may_be_the_folder_that_one_is_in(
+    version: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    version.merge(Path())
+    assert_same(read(tmp_path / "out"), version.right)
+
+
+def test_a_merge_by_name_notes_what_it_made_in_the_place_of_what_was_there(tmp_path: Path):
+    store, own = tmp_path / "store", tmp_path / "own.yaml"
+    for name in ("llama-pico-base", "vicuna-pico-delta"):
+        shutil.copytree(PICO / name, store / name)
+    own.write_text(
+        "{schema: 1, title: own, kind: llama, folder: own, hidden_size: 128, vocabulary: 641,\n"
+        " made: {base: llama-pico-base, delta: vicuna-pico-delta, version: v0},\n"
+        " include: ['*.bin', '*.safetensors', '*.json', tokenizer.model],\n"
+        " evidence: {source: this test, seen: '2026-11-22', state: verified}}\n"
+    )
+
+    def fleet(command: str, *options: str) -> dict[str, Any]:
+        words = [str(ROOT / "fleet"), "weights", command, str(own), "--store", str(store)]
+        done = subprocess.run([*words, "--json", *options], capture_output=True, check=False)
+        assert done.stderr == b""
+        said: dict[str, Any] = json.loads(done.stdout)
+        return said
+
+    assert fleet("merge", "--format", "bin")["learnt"] == 7
+    shutil.rmtree(store / "own")
+    assert fleet("merge")["learnt"] == 7
+    verified = fleet("verify")
+    assert (verified["exit_code"], verified["bytes_read"]) == (0, 0)
+
+
 def test_the_same_merge_again_does_nothing_and_another_is_refused(version: Pair, tmp_path: Path):
     version.merge(tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}

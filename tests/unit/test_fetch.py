@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +27,9 @@ from gpufleet.errors import FleetError
 from gpufleet.weights.digests import Digests
 from gpufleet.weights.fetch import hubs
 from gpufleet.weights.fetch.partial import FOLDER
-from gpufleet.weights.fetch.plan import Policy
+from gpufleet.weights.fetch.plan import Content, Policy
 from gpufleet.weights.fetch.run import Fetch, sets_of
-from gpufleet.weights.fetch.work import Options
+from gpufleet.weights.fetch.work import File, Options
 from gpufleet.weights.store import Store
 
 #: As patient as a test may be.
@@ -234,6 +235,13 @@ class TestATokenOfThePerson:
         assert {sent[path] for path in sent if "/cdn/" not in path} == {"Bearer hf_secret"}
         assert {sent[path] for path in sent if "/cdn/" in path} == {None}
 
+    def test_may_have_come_with_a_line_s_end(self, site: Site, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms_secret\n")
+        site.fetch(site.set({"modelscope": REPOSITORY}))
+        assert site.there() == WANTED
+        sent = {headers["authorization"] for _, _, headers in site.hub.asked}
+        assert sent == {"Bearer ms_secret"}
+
     def test_is_in_no_message(self, site: Site, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         site.hub.faults = [always("/resolve/", respond(403))]
@@ -256,9 +264,9 @@ class TestASourceThatWillNot:
         ("how", "words"),
         [
             (respond(404, X_Error_Code="RepoNotFound"), "is not there, or private"),
-            (respond(401), "answers 401: it is private"),
+            (respond(401), "answers 401: it is private, or your token is wrong"),
             (respond(403, X_Error_Code="GatedRepo"), "accept its terms on its page"),
-            (respond(403), "private, or access must be asked for"),
+            (respond(403), "answers 403: access to it must be asked for"),
         ],
     )
     def test_ends_the_run_at_once_with_what_to_do(
@@ -276,6 +284,35 @@ class TestASourceThatWillNot:
         assert site.states(fetching) == {"failed"}
         assert {"accept its terms on its page" in file.why for file in fetching.files} == {True}
         assert len(site.hub.paths("/resolve/")) == len(WANTED)
+
+    @pytest.mark.parametrize("name", ["../../evil.json", "/evil.json", "a\nb.json", "a/../b.json"])
+    @pytest.mark.parametrize("kind", ["huggingface", "modelscope"])
+    def test_names_a_file_that_no_folder_could_hold_is_refused(
+        self, site: Site, kind: str, name: str
+    ):
+        site.hub.repositories[REPOSITORY][name] = b"{}"
+        # As a server that wants it there would answer.
+        site.hub.faults = [always("evil.json", respond(200, b"{}"))]
+        fetching = site.fetch(site.set({kind: REPOSITORY}))
+        assert f"lists {name!r}, no name of a file below its folder" in fetching.sets[0].error
+        assert {path.name for path in site.folder.rglob("*.json")} == set()
+
+    def test_has_an_odd_name_for_what_nobody_wants_is_asked_all_the_same(self, site: Site):
+        site.hub.repositories[REPOSITORY]["notes\n.txt"] = b"notes"
+        assert site.fetch().sets[0].done
+        assert site.there() == WANTED
+
+    @pytest.mark.parametrize(
+        ("kind", "variable"),
+        [("huggingface", "HF_TOKEN"), ("modelscope", "MODELSCOPE_API_TOKEN")],
+    )
+    def test_cannot_be_told_a_token_is_not_asked_for_days(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, kind: str, variable: str
+    ):
+        monkeypatch.setenv(variable, "s\u00e9cret")
+        fetching = site.fetch(site.set({kind: REPOSITORY}))
+        assert f"{variable} has characters that no token has" in fetching.sets[0].error
+        assert site.hub.asked == []
 
     def test_has_a_wrong_certificate_and_is_not_asked_again(self, site: Site, tmp_path: Path):
         with other_site(certificate=certified(tmp_path, "127.0.0.1")) as other:
@@ -549,6 +586,53 @@ class TestWhatIsThereUnderAFileSName:
         assert path.read_bytes() == FILES[BIG]
         assert site.hub.sent == len(FILES[BIG])
 
+    def test_is_the_start_for_two_fetches_at_once(self, site: Site):
+        path = site.store.root / "tiny" / BIG
+        path.parent.mkdir(parents=True)
+        path.write_bytes(FILES[BIG][:700_000])
+        site.hub.rate = 1_000_000
+        both = [threading.Thread(target=site.fetch, args=(site.one(),)) for _ in range(2)]
+        for one in both:
+            one.start()
+        for one in both:
+            one.join()
+        assert site.there() == {BIG: FILES[BIG]}
+        assert (site.hub.sent, site.partial()) == (200_000, [])
+
+    @pytest.mark.parametrize("link", [os.symlink, os.link])
+    def test_is_left_alone_where_it_is_another_file_s_second_name(
+        self, site: Site, tmp_path: Path, link: Callable[[Path, Path], None]
+    ):
+        other = tmp_path / "other.bin"
+        other.write_bytes(FILES[BIG][:700_000])
+        path = site.store.root / "tiny" / BIG
+        path.parent.mkdir(parents=True)
+        link(other, path)
+        site.fetch(site.one())
+        assert site.there() == {BIG: FILES[BIG]}
+        assert other.read_bytes() == FILES[BIG][:700_000]
+
+    def test_and_changes_while_it_is_read_is_not_taken_for_what_it_was(self, site: Site):
+        path = site.store.root / "tiny" / BIG
+        path.parent.mkdir(parents=True)
+        path.write_bytes(FILES[BIG])
+        seen: list[int] = []
+
+        class Touched(File):
+            def __setattr__(self, name: str, value: Any) -> None:
+                super().__setattr__(name, value)
+                if name == "bytes" and value and not seen:
+                    seen.append(value)
+                    with path.open("r+b") as stream:
+                        stream.write(b"another beginning")
+
+        fetching = Fetch((site.one(),), Options(site.store), Digests(), site.say)
+        content = Content(len(FILES[BIG]), sha256(FILES[BIG]))
+        file = Touched("tiny", BIG, f"tiny/{BIG}", content)
+        with pytest.raises(OSError, match="changed while it was read"):
+            fetching._single.look(file)
+        assert Digests().known(path) is None
+
 
 class TestAFolderOfABrowser:
     @pytest.fixture
@@ -592,6 +676,30 @@ class TestAFolderOfABrowser:
         site.fetch(site.one(), folders=(downloads,))
         assert site.there() == {BIG: FILES[BIG]}
 
+    @pytest.mark.parametrize("name", [BIG, f"{BIG}.crdownload"])
+    def test_may_lose_a_file_meanwhile(self, site: Site, downloads: Path, name: str):
+        (downloads / name).write_bytes(FILES[BIG][: 900_000 if name == BIG else 600_000])
+
+        def lose(request: Request) -> bool:
+            (downloads / name).unlink(missing_ok=True)
+            return False
+
+        site.hub.faults = [lose]
+        assert site.fetch(folders=(downloads,)).sets[0].done
+        assert site.there() == WANTED
+
+    def test_may_be_on_another_disk(self, site: Site):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            path = Path(folder, "download")
+            path.write_bytes(FILES[BIG])
+            if path.stat().st_dev == site.folder.stat().st_dev:
+                pytest.skip("/dev/shm is this test's own disk")
+            (file,) = site.fetch(site.one(), folders=(Path(folder),)).files
+            assert (file.state, file.bytes) == ("picked", len(FILES[BIG]))
+            assert path.exists()
+        assert site.there() == {BIG: FILES[BIG]}
+        assert (site.hub.sent, site.partial()) == (0, [])
+
     def test_must_be_there(self, site: Site, tmp_path: Path):
         with pytest.raises(FleetError, match=r"--from .*nowhere: no such folder"):
             site.fetch(site.one(), folders=(tmp_path / "nowhere",))
@@ -602,7 +710,7 @@ class TestAFolderOfABrowser:
         assert file.why == (
             "no program can fetch it: download it by hand from "
             "https://drive.example.org/file/d/1RY9 into a folder, then "
-            f"./fleet weights fetch {name} --from FOLDER"
+            f"./fleet weights fetch {name} --from FOLDER --store {site.store.root}"
         )
         (downloads / f"{BIG[:-4]} (1).bin").write_bytes(FILES[BIG])
         assert site.states(site.fetch(name, folders=(downloads,))) == {"picked"}

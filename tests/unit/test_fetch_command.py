@@ -136,7 +136,8 @@ def test_it_goes_on_where_it_was_ended(command: Command, hub: Hub, how: signal.S
         out, err = process.communicate(timeout=30)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
-        assert f"stopped; ./fleet weights fetch {command.set} goes on from here" in out
+        again = f"./fleet weights fetch {command.set} --store {command.store}"
+        assert f"stopped; {again} goes on from here" in out
         assert err == ""
     assert "pytorch_model.bin" not in command.there()
     hub.rate, before = 0, hub.sent

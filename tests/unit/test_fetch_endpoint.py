@@ -48,6 +48,13 @@ def test_the_option_wins_over_the_environment_and_that_over_the_inventory():
     assert endpoints("hf-mirror", None, environment).huggingface == MIRROR
 
 
+@pytest.mark.parametrize("variable", ["HF_ENDPOINT", "MODELSCOPE_ENDPOINT"])
+@pytest.mark.parametrize("given", ["hf-mirror.com", "http://", "https:/x.org", "ftp://x.org"])
+def test_a_variable_that_is_no_address_is_refused(variable: str, given: str):
+    with pytest.raises(UsageError, match=f"^{variable} is no address: begin it with https://"):
+        endpoints(None, None, {variable: given})
+
+
 def test_a_site_of_the_inventory_s_own_can_be_named(tmp_path: Path):
     with serving() as site:
         found = endpoints("own0", own(site, site="official"), {})

@@ -69,6 +69,16 @@ class TestAPlan:
         ]
         assert sorted(shard.bytes for shard in merge.shards) == [544, 544, 2048, 2048]
 
+    def test_takes_a_single_number_for_a_tensor(self):
+        has = {**shapes(64), "scale": ()}
+        merge = planned(folder("b", has), folder("d", has))
+        assert {one.name: one.shape for one in merge.shards[0].sums}["scale"] == ()
+
+    def test_says_when_base_and_delta_may_be_swapped(self):
+        for rows in (64, 32000):
+            with pytest.raises(UsageError, match=r"; or swap the two, if it is the delta$"):
+                planned(folder("d", shapes(rows + 1)), folder("b", shapes(rows)))
+
     def test_explains_32000_against_32001(self):
         base, delta = folder("llama", shapes(32000)), folder("delta", shapes(32001))
         with pytest.raises(UsageError) as caught:
@@ -311,6 +321,15 @@ class TestRefusals:
         (output / "mine").touch()
         assert f"{output} is there already, and not of this merge" in refused(*pair)
 
+    def test_an_output_that_is_a_whole_disk(self, pair: tuple[Path, Path]):
+        with pytest.raises(UsageError, match=r"^/ is a whole disk: give a folder on it, /merged"):
+            engine.prepare(engine.Job(*pair, Path("/")))
+
+    def test_an_output_that_leads_nowhere(self, pair: tuple[Path, Path], tmp_path: Path):
+        (tmp_path / "loop").symlink_to("loop")
+        with pytest.raises(UsageError, match="loop is a link that leads nowhere"):
+            engine.prepare(engine.Job(*pair, tmp_path / "loop"))
+
     def test_a_pickle_that_would_run_code(self, pair: tuple[Path, Path], tmp_path: Path):
         class Evil:
             def __reduce__(self) -> tuple[Any, ...]:
@@ -361,7 +380,7 @@ class TestTheCommand:
     def test_says_which_part_of_a_set_is_missing(self, tmp_path: Path):
         code, line = self.run("vicuna-7b-v0", "--store", str(tmp_path))
         assert code == 2
-        assert line.endswith("is missing: ./fleet weights fetch llama-7b-hf")
+        assert line.endswith(f"is missing: ./fleet weights fetch llama-7b-hf --store {tmp_path}")
 
     def test_refuses_before_torch_is_needed(self, tmp_path: Path):
         (tmp_path / "vicuna-pico").mkdir()

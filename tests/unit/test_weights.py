@@ -45,8 +45,10 @@ class TestTheFolderOnTheOperatorsMachine:
     def test_a_folder_that_is_not_there_is_said_in_one_line(self, model: Model, tmp_path: Path):
         settings = parse({"weights": {"source": str(tmp_path / "none")}}, "host")
         (line,) = check_source(settings, model)
+        folder = tmp_path / "none"
         assert line == (
-            f"weights.source: no folder {tmp_path / 'none'}: ./fleet weights fetch {settings.model}"
+            f"weights.source: no folder {folder}: "
+            f"./fleet weights fetch {settings.model} --store {folder}"
         )
 
 
@@ -55,9 +57,9 @@ class TestTheOperatorsFiles:
         assert check_source(settings, model) == []
 
     @pytest.fixture
-    def again(self, model: Model) -> str:
-        """What gets the files of the small model again."""
-        return f"./fleet weights fetch {model.weights[0]}"
+    def again(self, model: Model, weights: Path) -> str:
+        """What gets the files of the small model again; the folder's name has a space."""
+        return f"./fleet weights fetch {model.weights[0]} --store '{weights}'"
 
     def test_a_missing_file_is_named(
         self, settings: Settings, model: Model, weights: Path, again: str

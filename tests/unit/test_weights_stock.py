@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -143,7 +145,7 @@ class TestVerify:
         (line,) = verified(store, name).problems()
         assert line == (
             f"{store / 'eva_vit_pico.pth'} is eva_vit_pico.pth of pico-vision, under another name: "
-            f"./fleet weights fetch {name}"
+            f"./fleet weights fetch {name} --store {store}"
         )
 
     def test_a_file_that_the_catalogues_hash_proves_right_is_right(self, store: Path):
@@ -171,6 +173,29 @@ class TestVerify:
         (line,) = verified(store, "pico-vision").problems()
         what = "is not whole yet: 1000 of 1452183 bytes"
         assert line == f"{store / 'eva_vit_pico.pth'} {what}: copy it from {PICO}"
+
+    def test_a_download_that_ends_meanwhile_is_there_or_partial(self, store: Path):
+        path = store / "eva_vit_pico.pth"
+        partial = store / ".partial" / "eva_vit_pico.pth.35dcb5b89aa4d442"
+        digests = Digests()
+        for _ in range(300):
+            partial.parent.mkdir()
+            path.rename(partial)
+            ends = threading.Thread(target=lambda: (partial.rename(path), partial.parent.rmdir()))
+            ends.start()
+            found = [stock.look("pico-vision", Store(store), digests) for _ in range(2)]
+            ends.join()
+            assert {one.state for one in found} <= {"partial", "verified", "here"}
+
+    def test_a_file_that_changes_while_it_is_read_is_told_as_that(self, store: Path):
+        path = store / "eva_vit_pico.pth"
+        error = OSError(errno.EBUSY, "changed while it was read")
+        seen = stock.look("pico-vision", Store(store), Digests())
+        (one,) = stock._checked(seen, {path: error}, {}).files
+        assert one.flaw is not None
+        assert f"{path.name} {one.flaw.what}: {one.flaw.do}" == (
+            "eva_vit_pico.pth changed while it was read: let the change end, then verify again"
+        )
 
     def test_a_projection_that_does_not_fit_is_a_problem_of_the_model(self, store: Path):
         path = store / "vicuna-pico" / "config.json"
@@ -205,7 +230,7 @@ class TestLearning:
         assert "is not what was learnt" in line
         path.unlink()
         (line,) = verified(store, name).problems()
-        assert line == f"{path} is missing: ./fleet weights fetch {name}"
+        assert line == f"{path} is missing: ./fleet weights fetch {name} --store {store}"
 
     @pytest.mark.parametrize(
         ("spoil", "said"),
@@ -244,6 +269,28 @@ class TestLearning:
         found = verified(store, name)
         assert said in "\n".join(found.problems())
         assert Store(store).learnt(name) is None
+
+    def test_what_cannot_be_written_down_is_one_line(self, store: Path, tmp_path: Path):
+        name = own(tmp_path)
+        record = store / ".learnt" / "own.json"
+        record.with_suffix(f".{os.getpid()}").mkdir(parents=True)
+        found = verified(store, name)
+        (line,) = found.problems()
+        assert line.startswith(f"cannot write {record}: Is a directory: make the store writable")
+        assert {file.state for file in found.sets[0].files} == {"here"}
+
+    def test_names_that_no_set_has_are_passed_over(self, store: Path, tmp_path: Path):
+        name, folder = own(tmp_path), store / "vicuna-pico"
+        (folder / "a\tb.json").write_text("{}")
+        index = folder / "pytorch_model.bin.index.json"
+        said = json.loads(index.read_text())
+        said["weight_map"]["x"] = "../../outside.bin"
+        index.write_text(json.dumps(said))
+        found = verified(store, name)
+        assert found.problems() == []
+        assert {file.path for file in found.sets[0].files} == {
+            path.name for path in folder.iterdir() if "\t" not in path.name
+        }
 
     def test_only_asked_to_look_it_learns_nothing(self, store: Path, tmp_path: Path):
         name = own(tmp_path)
@@ -329,7 +376,8 @@ class TestTheCommand:
         done = fleet("verify", "eva-vit-g", "--store", tmp_path)
         assert done.returncode == 1
         assert done.stderr == (
-            f"{tmp_path}/eva_vit_g.pth is missing: ./fleet weights fetch eva-vit-g\n"
+            f"{tmp_path}/eva_vit_g.pth is missing: "
+            f"./fleet weights fetch eva-vit-g --store {tmp_path}\n"
         )
 
     def test_an_unknown_name_is_one_line_and_exit_code_2(self, fleet: Fleet):

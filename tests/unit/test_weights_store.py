@@ -11,7 +11,7 @@ import yaml
 
 from gpufleet.catalog import WeightFile
 from gpufleet.errors import FleetError
-from gpufleet.weights.store import Learnt, Store, files, sets
+from gpufleet.weights.store import Learnt, Store, default, files, sets
 
 A = WeightFile(path="a.bin", bytes=1, sha256=hashlib.sha256(b"a").hexdigest())
 B = WeightFile(path="b.json", bytes=2, sha256=hashlib.sha256(b"bb").hexdigest())
@@ -54,9 +54,15 @@ def test_a_hash_that_nobody_knows_is_one_line_that_says_how_to_learn_it(
     with pytest.raises(FleetError) as error:
         store.files(name)
     assert str(error.value) == (
-        f"weight set {name}: the sha256 of a.bin is not known yet: ./fleet weights fetch {name}, "
-        f"or ./fleet weights verify {name}"
+        f"weight set {name}: the sha256 of a.bin is not known yet: "
+        f"./fleet weights fetch {name} --store {store.root}, "
+        f"or ./fleet weights verify {name} --store {store.root}"
     )
+
+
+def test_what_is_to_be_done_in_the_store_of_the_home_needs_no_option():
+    assert Store(default()).command("fetch", "x", "--parts") == "./fleet weights fetch x --parts"
+    assert Store(Path("a b")).command("fetch", "x") == "./fleet weights fetch x --store 'a b'"
 
 
 def test_a_list_that_nobody_knows_is_said_and_a_merge_offered(store: Store, tmp_path: Path):

@@ -164,7 +164,8 @@ def _summary(fetching: Fetch, exit_code: int, names: list[str], seconds: float) 
         line += f", {len(new)} of them new ({plan.amount(sum(file.bytes for file in new))})"
     line += f", {output.duration(seconds)}; {fetching.options.store.root}"
     if exit_code == STOPPED:
-        return f"stopped; ./fleet weights fetch {' '.join(names)} goes on from here; {line}"
+        again = fetching.options.store.command("fetch", " ".join(names))
+        return f"stopped; {again} goes on from here; {line}"
     failed = [file.place for file in files if file.state == "failed"]
     return f"{line}; failed: {', '.join(failed)}" if failed else line
 

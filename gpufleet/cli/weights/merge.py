@@ -4,11 +4,12 @@ The document of `--json` (`version` 1):
 
     {"version": 1, "command": "weights merge", "exit_code": 0, "seconds": S, "output": FOLDER,
      "state": "merged"|"there", "delta": "v0"|"v1.1", "rows": N, "tensors": N, "bytes": N,
-     "kept": BYTES, "dropped": N}
+     "kept": BYTES, "dropped": N, "learnt": N}
 
 "there": the output was made by this very merge before. "kept" are bytes that a merge which was
 killed had written, and that were verified instead of computed again. "dropped" tensors (inv_freq)
-are those that no model reads.
+are those that no model reads. "learnt" are files of a NAME's set whose sizes and sha256 were
+written down, as `fleet weights verify` does.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ import typer
 
 from gpufleet import ROOT
 from gpufleet.cli.options import Json, Store
-from gpufleet.errors import UsageError
+from gpufleet.errors import FleetError, UsageError
 
 if TYPE_CHECKING:
     from gpufleet.weights.merge.engine import Progress
+    from gpufleet.weights.store import Store as Stores
 
 
 class Form(str, Enum):
@@ -83,7 +85,7 @@ def merge(
     from gpufleet.cli import output as show
     from gpufleet.weights.merge import child, engine, environment
 
-    folders, wanted = _folders(name, base, delta, output, store)
+    folders, wanted, made = _folders(name, base, delta, output, store)
     job = engine.Job(
         *folders,
         version=version.value if version else wanted,
@@ -100,8 +102,11 @@ def merge(
         print(f"Vicuna {prepared.merge.version}: {count} tensors, {size}, to {job.output}")
     try:
         python = environment.python(lambda line: print(line, file=sys.stderr, flush=True))
+        if made is not None and not prepared.there:
+            made[1].forget(made[0])
         with _watching(as_json) as report:
             result = child.merge(job, python, report)
+        learnt = _learn(*made, as_json) if made is not None else 0
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -111,6 +116,7 @@ def merge(
         said |= {"seconds": round(seconds, 3), "output": str(job.output), "state": result.state}
         said |= {"delta": result.version, "rows": result.rows, "tensors": result.tensors}
         said |= {"bytes": result.bytes, "kept": result.kept, "dropped": result.dropped}
+        said |= {"learnt": learnt}
         print(json.dumps(said, ensure_ascii=False))
     elif result.state == "there":
         print(f"{job.output} is there already, made by this very merge: nothing to do")
@@ -119,21 +125,43 @@ def merge(
         dropped = f"; without {result.dropped} inv_freq" if result.dropped else ""
         took = show.duration(seconds)
         print(f"merged in {took}{kept}: {job.output}, {result.rows} rows{dropped}")
-        if name is not None:
-            print(f"./fleet weights verify {name} notes what it holds")
+    if learnt and not as_json:
+        print(f"learnt sizes and sha256 of {learnt} files")
+
+
+def _learn(name: str, where: Stores, as_json: bool) -> int:
+    """Write down what a merge has made of a set, unless that is known; how many files.
+
+    Raises FleetError, one line, for the first thing that is wrong with it.
+    """
+    from gpufleet import catalog
+    from gpufleet.cli.weights import verify
+    from gpufleet.weights import stock
+    from gpufleet.weights.digests import Digests
+
+    if catalog.weight_set(name).listed:
+        return 0
+    if stock.look(name, where, Digests()).state not in ("here", "verified"):
+        where.forget(name)  # it is of files that were there before
+    with verify.watching(as_json) as watch:
+        done = stock.verify([(name, where)], watch=watch)
+    if problems := done.problems():
+        raise FleetError(problems[0])
+    learnt = done.sets[0].learnt
+    return len(learnt.files) if learnt else 0
 
 
 def _folders(
     name: str | None, base: Path | None, delta: Path | None, output: Path | None, store: Path | None
-) -> tuple[tuple[Path, Path, Path], Literal["v0", "v1.1"] | None]:
-    """Base, delta and output, and the version that the catalogue says."""
+) -> tuple[tuple[Path, Path, Path], Literal["v0", "v1.1"] | None, tuple[str, Stores] | None]:
+    """Base, delta and output, the version that the catalogue says, the set and its store."""
     given = (base, delta, output)
     if name is None:
         if base is None or delta is None or output is None:
             raise UsageError("give a NAME of the catalogue, or --base, --delta and --output")
         if store is not None:
             raise UsageError("--store goes with a NAME, not with --base, --delta and --output")
-        return (base, delta, output), None
+        return (base, delta, output), None, None
     from gpufleet import catalog
     from gpufleet.weights import store as stores
 
@@ -152,9 +180,11 @@ def _folders(
         if not folder.is_dir() and one.in_checkout is not None:
             folder = stores.Store(ROOT / one.in_checkout).folder(one)
         if not folder.is_dir():
-            raise UsageError(f"{folder}, the {one.title}, is missing: ./fleet weights fetch {part}")
+            get = where.command("fetch", part)
+            raise UsageError(f"{folder}, the {one.title}, is missing: {get}")
         found.append(folder)
-    return (found[0], found[1], where.folder(weights)), weights.made.version
+    output = where.folder(weights)
+    return (found[0], found[1], output), weights.made.version, (made[0], where)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def verify(
     named = [name for name in catalog.names() if names is None or name in names]
     models = {name: catalog.model(name).weights for name in named}
     begun, read = time.monotonic(), 0
-    with _watching(as_json) as show:
+    with watching(as_json) as show:
 
         def watch(progress: Progress) -> None:
             nonlocal read
@@ -97,7 +97,7 @@ def verify(
 
 
 @contextmanager
-def _watching(as_json: bool) -> Iterator[Callable[[Progress], None]]:
+def watching(as_json: bool) -> Iterator[Callable[[Progress], None]]:
     """What shows hashing while it goes on: a bar on a terminal, now and then a line in a pipe."""
     from gpufleet.cli import output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,19 +29,28 @@ def endpoints(
 ) -> Endpoints:
     """Where the hubs are: `mirror` wins over HF_ENDPOINT, that over the inventory's settings.
 
-    Raises UsageError for a mirror that is not there or has no Hugging Face.
+    Raises UsageError for a mirror that is not there or has no Hugging Face, and for a variable
+    that is no address.
     """
-    modelscope = environment.get("MODELSCOPE_ENDPOINT", MODELSCOPE).rstrip("/")
+    modelscope = _address("MODELSCOPE_ENDPOINT", environment) or MODELSCOPE
     if mirror == "official":
         return Endpoints(HUGGINGFACE, modelscope, "--mirror says so")
     if mirror is not None:
         known = inventory or settings.Mirrors()
         return _of(_named(mirror, known), modelscope)
-    if given := environment.get("HF_ENDPOINT"):
-        return Endpoints(given.rstrip("/"), modelscope, "HF_ENDPOINT says so")
+    if given := _address("HF_ENDPOINT", environment):
+        return Endpoints(given, modelscope, "HF_ENDPOINT says so")
     if inventory is None:
         return Endpoints(HUGGINGFACE, modelscope, "no mirror is set")
     return _of(_chosen(inventory, mirrors()), modelscope)
+
+
+def _address(variable: str, environment: Mapping[str, str]) -> str:
+    """The address that a variable of the environment holds, empty if it is not set."""
+    given = environment.get(variable, "").strip().rstrip("/")
+    if given and not re.match(r"https?://[^/\s]", given):
+        raise UsageError(f"{variable} is no address: begin it with https://, or unset it")
+    return given
 
 
 def _of(chosen: Choice, modelscope: str) -> Endpoints:

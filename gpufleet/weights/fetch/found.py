@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from gpufleet.errors import UsageError
@@ -20,7 +20,8 @@ class Folders:
             if not folder.is_dir():
                 raise UsageError(f"--from {folder}: no such folder; name the one with the files")
             for path in _files(folder):
-                self._sizes.setdefault(path.stat().st_size, []).append(path)
+                with suppress(FileNotFoundError):  # a browser gives its files other names
+                    self._sizes.setdefault(path.stat().st_size, []).append(path)
 
     def whole(self, place: str, content: Content) -> list[Path]:
         """Files that may be the content, those with its name first; only a hash can tell."""
@@ -33,7 +34,7 @@ class Folders:
     def linkable(self, place: str, content: Content, store: Path) -> bool:
         """Whether a file that may be the content can be had without a byte of disk."""
         disk = store.stat().st_dev
-        return any(path.stat().st_dev == disk for path in self.whole(place, content))
+        return any(_disk(path) == disk for path in self.whole(place, content))
 
     def start(self, place: str, content: Content, beyond: int) -> Path | None:
         """The longest unfinished download of a file, by its name, if it has more bytes than
@@ -58,28 +59,37 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
+def _disk(path: Path) -> int | None:
+    try:
+        return path.stat().st_dev
+    except FileNotFoundError:
+        return None
+
+
 def _head(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        return stream.read(512)
+    """The first bytes; of a file that is gone by now, what is no weights."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(512)
+    except FileNotFoundError:
+        return b"<html"
 
 
-def take(path: Path, to: Path) -> None:
+def take(path: Path, to: Path, told: Callable[[int], None]) -> bool:
     """Give a file a second name, or copy it where that cannot be; it is never moved.
 
-    Raises OSError.
+    Returns whether it is a second name. `told` hears how many bytes are copied, and may raise to
+    end it. Raises OSError.
     """
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.unlink(missing_ok=True)
     try:
         os.link(path, to)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(path, to)
-
-
-def copy_start(path: Path, write: Callable[[int, bytes], None]) -> None:
-    """Hand over an unfinished download in pieces: place, bytes. Raises OSError."""
-    at = 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            write(at, block)
-            at += len(block)
+        return True
+    except OSError:  # another file system, one without links, or another user's file
+        with path.open("rb") as stream, to.open("wb") as copy:
+            while block := stream.read(1 << 20):
+                copy.write(block)
+                told(copy.tell())
+            copy.flush()
+            os.fsync(copy.fileno())
+        return False

@@ -22,6 +22,9 @@ MODELSCOPE = "https://www.modelscope.cn"
 TIMEOUT = 30.0
 
 
+_ODD_TOKEN = "is not asked: {} has characters that no token has: set it anew"
+
+
 class Refused(Exception):
     """A source that will not have the files, however often it is asked; the text says why."""
 
@@ -152,6 +155,8 @@ def _huggingface(repository: str, kind: str, revision: str | None, endpoint: str
         raise _refusal(answer.status_code, answer.headers.get("retry-after", "")) from None
     except httpx2.HTTPError as error:
         raise _unanswered(error) from None
+    except UnicodeEncodeError:
+        raise Refused(_ODD_TOKEN.format("HF_TOKEN")) from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Unreachable("answers with no list of files: a login portal?") from None
     if not files:
@@ -166,7 +171,9 @@ def _modelscope(repository: str, revision: str | None, endpoint: str) -> _Files:
 
     api = f"{endpoint}/api/v1/models/{repository}/repo"
     headers = {"User-Agent": "gpufleet"}
-    if token := os.environ.get("MODELSCOPE_API_TOKEN"):
+    if token := os.environ.get("MODELSCOPE_API_TOKEN", "").strip():
+        if not token.isascii():
+            raise Refused(_ODD_TOKEN.format("MODELSCOPE_API_TOKEN"))
         headers |= {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"}
     wanted = revision or "master"
     try:
@@ -202,8 +209,10 @@ def _modelscope(repository: str, revision: str | None, endpoint: str) -> _Files:
 def _refusal(status: int, rest: str) -> Refused | Unreachable:
     if status in (408, 425, 429) or status >= 500:
         return Unreachable(f"answers {status}", retry_after(rest, time.time()))
-    if status in (401, 403):
-        return Refused(f"answers {status}: it is private, or access must be asked for there")
+    if status == 401:
+        return Refused("answers 401: it is private, or your token is wrong or has run out")
+    if status == 403:
+        return Refused("answers 403: access to it must be asked for there")
     return Refused(f"answers {status}")
 
 

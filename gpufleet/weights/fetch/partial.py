@@ -146,6 +146,22 @@ class Partial:
             return f"sha256 {self._hash.hexdigest()[:12]}…, not {self.content.sha256[:12]}…"
         return unlike(self.path, self.content)
 
+    def adopt(self) -> None:
+        """Go on with what lies under the final name, in the place of this file; raises OSError.
+
+        It is locked before it moves: whoever waits for this file then waits for that one.
+        """
+        file = os.open(self.final, os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.replace(self.final, self.path)
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(self._file)
+        self._file = file
+        self._forget()
+
     def head(self) -> bytes:
         """The first bytes."""
         return os.pread(self._file, 512, 0)

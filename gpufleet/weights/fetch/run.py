@@ -85,8 +85,6 @@ class Fetch:
         new = [file for one in unfinished for file in one.files]
         self._all([partial(self._look, file) for file in new], watch)
         missing = [file for file in self.files if file.state == "waiting"]
-        for file in missing:
-            self._single.reuse(file)
         wrong = plan.room(sum(map(self._single.missing, missing)), shutil.disk_usage(root).free)
         if wrong is not None:
             raise FleetError(f"{root}: {wrong}: make room, or name another folder with --store")

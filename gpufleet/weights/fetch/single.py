@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import stat
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -65,17 +68,19 @@ class Single:
         file.state, file.bytes, file.of = "present", size, size
         return ""
 
-    def reuse(self, file: File) -> None:
-        """A file that was cut off under its final name is the start of what it shall be."""
-        path, goal = self._root / file.place, where(self._root, file.place, file.content)
-        short = path.is_file() and path.stat().st_size < (file.content.bytes or 0)
-        if not short or not file.content.sha256 or goal.exists():
-            return
-        with path.open("rb") as stream:
-            if plan.impostor(stream.read(512)):
-                return
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(goal)
+    def _cut_off(self, file: File) -> int:
+        """Bytes under the final name of a file that was cut off there: its start. Else 0."""
+        path = self._root / file.place
+        try:
+            seen = path.lstat()
+            # Nobody else's file: no link, and no second name of one in a browser's folder.
+            own = stat.S_ISREG(seen.st_mode) and seen.st_nlink == 1
+            if not own or not file.content.sha256 or seen.st_size >= (file.content.bytes or 0):
+                return 0
+            with path.open("rb") as stream:
+                return 0 if plan.impostor(stream.read(512)) else seen.st_size
+        except OSError:
+            return 0
 
     def tidy(self, file: File) -> None:
         """Drop what an earlier run had of a file that is there since."""
@@ -94,7 +99,10 @@ class Single:
         if self._folders.linkable(file.place, content, self._root):
             return 0
         growing = where(self._root, file.place, content)
-        return max(content.bytes - (growing.stat().st_size if growing.exists() else 0), 0)
+        there = 0
+        with suppress(FileNotFoundError):
+            there = growing.stat().st_size
+        return max(content.bytes - (there or self._cut_off(file)), 0)
 
     def _is(
         self, path: Path, content: Content, told: Callable[[int], None] = lambda done: None
@@ -111,12 +119,20 @@ class Single:
             return known
         hasher, done = hashlib.sha256(), 0
         with path.open("rb", buffering=0) as stream:
+            begun = os.fstat(stream.fileno())
             while block := stream.read(1 << 20):
                 hasher.update(block)
                 done += len(block)
                 told(done)
                 if self._stop.is_set():
                     raise Stopped
+        ended = path.stat()
+        if (begun.st_ino, begun.st_size, begun.st_mtime_ns) != (
+            ended.st_ino,
+            ended.st_size,
+            ended.st_mtime_ns,
+        ):
+            raise OSError(errno.EBUSY, "it changed while it was read", str(path))
         self._memory.remember(path, hasher.hexdigest())
         return hasher.hexdigest()
 
@@ -130,8 +146,14 @@ class Single:
                 "give its sha256 in the catalogue"
             )
         with Partial(self._root, file.place, file.content, lambda: self._held(file)) as growing:
+            if growing.size == 0 and self._cut_off(file):
+                growing.adopt()
             # While this one waited, another process may have fetched it.
-            if wrong := self.look(file):
+            try:
+                wrong = self.look(file)
+            except OSError as error:
+                raise Failed(f"cannot be read: {error.strerror}") from None
+            if wrong:
                 self._say(f"{file.place} is there and wrong ({wrong}): it is fetched again")
             if file.state == "present":
                 growing.discard()
@@ -157,20 +179,28 @@ class Single:
 
     def _pick(self, file: File, growing: Partial) -> bool:
         """Take it from the folders that were named, if one of them has it."""
+        # Under another name first: a copy that is cut off has no final name.
+        aside = growing.path.with_name(f"{growing.path.name}.taken")
+        aside.unlink(missing_ok=True)
         for path in self._folders.whole(file.place, file.content):
-            size = path.stat().st_size
-            file.state = "checking"
-            if not self._is(path, file.content, partial(self._told, file, of=size)):
+            try:
+                size = path.stat().st_size
+                told = partial(self._told, file, of=size)
+                file.state = "checking"
+                if not self._is(path, file.content, told):
+                    continue
+            except OSError as error:  # such as a browser's that has just got another name
+                self._say(f"{file.place}: {path} is passed over: {error.strerror}")
                 continue
             file.state = "copying"
-            # Under another name first: a copy that is cut off has no final name.
-            aside = growing.path.with_name(f"{growing.path.name}.taken")
-            found.take(path, aside)
-            if not aside.samefile(path) and not self._is(aside, file.content):
-                aside.unlink()
-                continue
-            growing.final.parent.mkdir(parents=True, exist_ok=True)
-            aside.replace(growing.final)
+            try:
+                linked = found.take(path, aside, told)
+                if not linked and not self._is(aside, file.content, told):
+                    continue
+                growing.final.parent.mkdir(parents=True, exist_ok=True)
+                aside.replace(growing.final)
+            finally:
+                aside.unlink(missing_ok=True)
             growing.discard()
             file.sha256 = self._digest(growing.final)
             file.state, file.bytes, file.of, file.source = "picked", size, size, str(path)
@@ -184,9 +214,12 @@ class Single:
         start = self._folders.start(file.place, file.content, growing.size)
         if start is not None and file.content.sha256:
             file.state = "copying"
-            growing.discard()
-            found.copy_start(start, growing.write)
-            self._say(f"{file.place}: goes on from {start}")
+            with suppress(FileNotFoundError), start.open("rb") as stream:
+                growing.discard()
+                self._say(f"{file.place}: goes on from {start}")
+                while block := stream.read(1 << 20):
+                    growing.write(growing.hashed, block)
+                    self._told(file, growing.hashed, file.content.bytes)
         file.state = "checking"
         growing.catch_up(partial(self._told, file, of=file.content.bytes))
 

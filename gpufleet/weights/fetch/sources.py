@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from gpufleet.catalog import plain
+from gpufleet.errors import FleetError
 from gpufleet.weights.fetch import hubs, plan
 from gpufleet.weights.fetch.partial import FOLDER
 from gpufleet.weights.fetch.plan import Remote
@@ -42,12 +44,19 @@ class Sources:
                 source, endpoints = self._every[index], self._options.endpoints
                 try:
                     kept = hubs.listing(source, endpoints, listed, self._pinned())
+                    self._refuse_odd_names(kept)
                 except hubs.Refused as error:
                     kept = error
                 self._listings[index] = kept
         if isinstance(kept, hubs.Refused):
             raise kept
         return kept
+
+    def _refuse_odd_names(self, listing: hubs.Listing) -> None:
+        """A mirror is as good as who runs it: a file's name could lead out of the store."""
+        for path in plan.wanted(self._set.weights, listing.files):
+            if not plain(path):
+                raise hubs.Refused(f"lists {path!r}, no name of a file below its folder")
 
     def first(self, turns: Turns, say: Callable[[str], None]) -> Mapping[str, Remote]:
         """What the first source that answers has; waits for one as long as patience goes.
@@ -84,23 +93,31 @@ class Sources:
     def _keep(self, origin: str) -> None:
         aside = self._pin.with_suffix(f".{threading.get_native_id()}")
         # Another fetch may end meanwhile and remove the empty folder; the origin is then learnt.
-        with suppress(FileNotFoundError, FileExistsError):
+        try:
             self._pin.parent.mkdir(parents=True, exist_ok=True)
             aside.write_text(f"{origin}\n", "utf-8")
             aside.replace(self._pin)
+        except (FileNotFoundError, FileExistsError):
+            pass
+        except OSError as error:
+            line = f"cannot write {self._pin.parent}: {error.strerror}: see --store"
+            raise FleetError(line) from None
 
     def forget(self) -> None:
         """The set is whole: the store has its origin now."""
-        self._pin.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._pin.unlink()
 
     def hint(self) -> str:
         """What a person can do about what no program can fetch, to follow a line; may be empty."""
         weights, name = self._set.weights, self._set.name
+        command = self._options.store.command
         hints = [
-            f"download it by hand from {page} into a folder, then ./fleet weights fetch {name} "
-            "--from FOLDER"
+            f"download it by hand from {page} into a folder, then "
+            f"{command('fetch', name, '--from FOLDER')}"
             for page in plan.by_hand(weights.sources)
         ]
         if weights.made:
-            hints.append(f"./fleet weights fetch {name} --parts, then ./fleet weights merge {name}")
+            parts = command("fetch", name, "--parts")
+            hints.append(f"{parts}, then {command('merge', name)}")
         return f": {'; or '.join(hints)}" if hints else ""

@@ -37,8 +37,9 @@ class Turns:
         if not self._live:
             raise Failed("; ".join(self._why))
         if self._tries and time.monotonic() - self._since > self._policy.patience:
-            hours = self._policy.patience / 3600
-            raise Failed(f"nothing came for {hours:g} hours: {self._last}")
+            seconds = time.monotonic() - self._since
+            waited = f"{seconds / 3600:.0f} hours" if seconds >= 7200 else f"{seconds:.0f} s"
+            raise Failed(f"nothing came for {waited}: {self._last}")
         return self._live[0]
 
     def progress(self) -> None:

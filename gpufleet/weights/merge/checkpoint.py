@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpufleet.errors import UsageError
-from gpufleet.weights.headers import TYPES
+from gpufleet.weights.headers import ODD_ZIP, TYPES
 from gpufleet.weights.merge.plan import BYTES, Folder, Stored
 
 #: By the name that its folder has when it is not in shards: index, and what the shards end in.
@@ -197,7 +197,7 @@ def _zip(path: Path, stream: BinaryIO, size: int) -> dict[str, Stored]:
             if order is not None and archive.read(order) != b"little":
                 raise UsageError(f"{path} is of a big-endian machine: save it again on another")
             listed = _Unpickler(io.BytesIO(archive.read(pickles[0])), path).load()
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError):
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, *ODD_ZIP):
         raise _truncated(path, size) from None
     except (pickle.UnpicklingError, AttributeError, ValueError, TypeError, IndexError):
         raise UsageError(f"{path} holds no tensors by name: {AGAIN}") from None

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def prepare(job: Job) -> Prepared:
     Raises UsageError, one line, for inputs that do not belong together, an output that is in the
     way and too small a disk.
     """
+    job = replace(job, output=_place(job.output))
     if _same_folder(job.base, job.delta):
         raise UsageError(f"base and delta are the same folder, {job.base}: give the delta's")
     base, delta = checkpoint.read(job.base), checkpoint.read(job.delta)
@@ -126,6 +127,17 @@ def prepare(job: Job) -> Prepared:
     if not there:
         _free(job.output, merge.bytes)
     return Prepared(job, merge, name, inputs, small, there)
+
+
+def _place(output: Path) -> Path:
+    """Where the output gets its name by a rename, which no link and no mounted disk can be."""
+    try:
+        place = output.resolve()
+    except (OSError, RuntimeError):
+        raise UsageError(f"{output} is a link that leads nowhere: give another --output") from None
+    if os.path.ismount(place):
+        raise UsageError(f"{output} is a whole disk: give a folder on it, {output / 'merged'}")
+    return place
 
 
 def _same_folder(one: Path, other: Path) -> bool:
@@ -190,7 +202,7 @@ def _free(output: Path, needed: int) -> None:
         raise UsageError(
             f"{output} is there already, and not of this merge: remove it, or give another --output"
         )
-    parent = next(path for path in (output, *output.parents) if path.exists())
+    parent = next(path for path in output.parents if path.exists())
     # A killed merge's bytes are used again.
     left = shutil.disk_usage(parent).free + staging.kept(output)
     if left < needed + _MARGIN:

@@ -141,8 +141,10 @@ def plan(
             f"the {version} delta ({_fastchat(version)}) or ask for {found}"
         )
     for name, stored in kept[1].items():
-        start, extra = kept[0][name].shape, int(found == "v0" and name in BY_TOKEN)
-        if (start[0] + extra, *start[1:]) != stored.shape:
+        start = needed = kept[0][name].shape
+        if found == "v0" and name in BY_TOKEN:
+            needed = (start[0] + 1, *start[1:])
+        if needed != stored.shape:
             raise UsageError(
                 f"{name}: the base has {_size(start)}, the delta {_size(stored.shape)}: "
                 f"fetch base and delta of one model; {base.path} and {delta.path} are not"
@@ -211,10 +213,11 @@ def _version(
     base: Folder, delta: Folder, ours: Mapping[str, Stored], theirs: Mapping[str, Stored]
 ) -> Version:
     start, end = ours[_EMBEDDING].shape[0], theirs[_EMBEDDING].shape[0]
+    swapped = "; or swap the two, if it is the delta" if start == end + 1 else ""
     if start == _VICUNA_V0:
         raise UsageError(
             f"{base.path} has {start} rows, LLaMA has {_LLAMA}: it is Vicuna v0, merged already, "
-            "or [PAD] was added to it; give LLaMA as it was published"
+            f"or [PAD] was added to it; give LLaMA as it was published{swapped}"
         )
     if end == start:
         return "v1.1"
@@ -223,6 +226,7 @@ def _version(
     raise UsageError(
         f"{base.path} has {start} rows, {delta.path} has {end}: a v1.1 delta "
         f"({_fastchat('v1.1')}) has as many as its base, a v0 delta ({_fastchat('v0')}) one more"
+        f"{swapped}"
     )
 
 
