@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyinfra import host
+from pyinfra import host, inventory
 from pyinfra.api import DeployError, deploy
 
 from gpufleet import ROOT
@@ -18,7 +18,7 @@ from gpufleet.gateway.plan import files as balancer_files
 from gpufleet.managed import operations as managed
 from gpufleet.python_env import operations as environments
 from gpufleet.python_env.conda import digests
-from gpufleet.settings import Settings
+from gpufleet.settings import Settings, parse
 from gpufleet.shell import Hidden
 from gpufleet.upstream import operations as checkouts
 from gpufleet.upstream import plan as upstream
@@ -51,6 +51,7 @@ def demo() -> None:
                 weights=weights,
                 config=config,
                 several=count > 1,
+                behind=_behind_a_gateway(settings),
             )
         allowed = _users(settings)
     except FleetError as error:
@@ -64,7 +65,13 @@ def demo() -> None:
     reads = str(folder(root, weights))
     if count == 1:
         managed.files(name="Write the service's unit", wanted=[file])
-        operations.running(name="Run the service", root=root, weights=reads, revision=revision)
+        operations.running(
+            name="Run the service",
+            root=root,
+            weights=reads,
+            revision=revision,
+            front=front(settings, 1),
+        )
     else:
         balancer = front(settings, count)
         before = balancer_files(balancer)
@@ -90,6 +97,16 @@ def demo() -> None:
         )
     operations.prune(name="Remove older applications", root=root, keep=app.digest)
     environments.prune(name="Remove older environments", root=root, keep=kept)
+
+
+def _behind_a_gateway(settings: Settings) -> bool:
+    """Whether a host of the inventory is the gateway of this one's model."""
+    fleet = ((one.name, one.data.dict()) for one in inventory)
+    return any(
+        parse(data, name).model == settings.model
+        for name, data in fleet
+        if (data.get("gateway") or {}).get("enabled")
+    )
 
 
 def _users(settings: Settings) -> Hidden | None:

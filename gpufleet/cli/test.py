@@ -60,6 +60,7 @@ FOLDERS = {
     Part.long: (
         "tests/lab/test_hosts_driver.py",
         "tests/lab/test_hosts_driver_faults.py",
+        "tests/lab/test_hosts_nginx.py",
         "tests/lab/test_hosts_processes.py",
         "tests/lab/test_hosts_push.py",
         "tests/lab/test_hosts_swarm.py",

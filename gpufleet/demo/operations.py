@@ -48,14 +48,94 @@ why() {  # $1 unit
 since=$(date '+%Y-%m-%d %H:%M:%S')
 """
 
-# $1 unit.
+# A process of our own lets nobody in any more and ends once it has answered those that it has;
+# any other one is left as it is.
+_LAST_ANSWERS = r"""
+last_answers() {  # $1 unit, $2 seconds
+  pid=$(systemctl show "$1" -p MainPID --value)
+  tr '\0' '\n' 2>/dev/null < "/proc/${pid:-0}/cmdline" | grep -qxe --share-port || return 1
+  kill -QUIT "$pid" || return 1
+  end=$(($(date +%s) + $2))
+  while [ -e "/proc/$pid" ] && [ "$(date +%s)" -lt "$end" ]; do sleep 0.2; done
+}
+"""
+
+# $1 unit, $2 seconds for its last answers.
 _START = (
     _WHY
+    + _LAST_ANSWERS
     + r"""
 systemctl daemon-reload
 systemctl enable --quiet "$1"
 systemctl reset-failed "$1" 2>/dev/null
+trap 'systemctl restart --no-block "$1"; exit 1' HUP INT PIPE TERM
+last_answers "$1" "$2"
 systemctl restart "$1" 2>/dev/null || why "$1"
+"""
+)
+
+# $1 unit of one process alone, $2 seconds for its last answers, $3 what tells nginx whom to ask,
+# $4 its user. nginx listens beside it before it goes. One that does not share its port goes first.
+_HAND_OVER = (
+    _WHY
+    + _LAST_ANSWERS
+    + rf"""
+front() {{
+  systemctl reset-failed {FRONT} 2>/dev/null
+  systemctl start {FRONT} 2>/dev/null || why {FRONT}
+  runuser -u "$user" -- "$program" once >/dev/null || exit 1
+}}
+program=$3 user=$4
+pid=$(systemctl show "$1" -p MainPID --value)
+if tr '\0' '\n' 2>/dev/null < "/proc/${{pid:-0}}/cmdline" | grep -qxe --share-port; then
+  front
+  last_answers "$1" "$2"
+  systemctl stop "$1"
+else
+  systemctl stop "$1"
+  front
+fi
+"""
+)
+
+# $1 unit of one process alone, $2 seconds for its last answers, $3 what tells nginx whom to ask,
+# $4 its user, $5 the first of several, which has the one's GPU, $6 its address:port. While the one
+# loads, the others answer; then it listens beside nginx, which goes once it has handed on the last
+# answer. Where nginx does not run or does not share its port, all of them go first.
+_TAKE_OVER = (
+    _WHY
+    + _LAST_ANSWERS
+    + rf"""
+front() {{ runuser -u "$user" -- "$program" "$@" >/dev/null; }}
+start() {{
+  systemctl daemon-reload
+  systemctl enable --quiet "$unit"
+  systemctl reset-failed "$unit" 2>/dev/null
+  last_answers "$unit" "$seconds"
+  systemctl restart "$unit" 2>/dev/null || why "$unit"
+}}
+back() {{
+  code=$?
+  trap - EXIT
+  [ "$code" != 0 ] || exit 0
+  systemctl stop "$unit"
+  systemctl start "$first" {FRONT} {FRONT}-watch
+  front back "$address"
+  exit "$code"
+}}
+unit=$1 seconds=$2 program=$3 user=$4 first=$5 address=$6
+systemctl -q is-active {FRONT} && grep -q '^ *listen .* reuseport;' /run/{FRONT}/nginx.conf || {{
+  systemctl stop {TARGET} '{TEMPLATE.replace("@", "@*")}' {FRONT} {FRONT}-watch
+  start
+  exit
+}}
+trap back EXIT
+trap 'exit 1' HUP INT PIPE TERM
+front drain "$address" || exit 1
+systemctl stop "$first"
+start
+systemctl stop {FRONT}-watch
+front end
 """
 )
 
@@ -74,8 +154,7 @@ for f in "$@" "$root"/processes/*.env; do
   rm -f "$f" {STATE}/written"$f" {STATE}/originals"$f".absent
   rmdir "${{f%/*}}" {STATE}/written"${{f%/*}}" {STATE}/originals"${{f%/*}}" 2>/dev/null
 done
-rm -rf /var/cache/{FRONT}
-[ -e /etc/systemd/system/{TARGET} ] || rm -rf /etc/systemd/system/{TARGET}.wants
+[ -e /etc/systemd/system/{TARGET} ] || rm -rf /etc/systemd/system/{TARGET}.wants /var/cache/{FRONT}
 systemctl daemon-reload
 """
 
@@ -151,20 +230,24 @@ def kept(*, path: str, content: Hidden | None) -> Generator[StringCommand]:
 
 
 @operation()
-def running(*, root: str, weights: str, revision: str) -> Generator[StringCommand]:
+def running(*, root: str, weights: str, revision: str, front: Balancer) -> Generator[StringCommand]:
     """Run the service as one process, enabled, at this revision.
 
     It is restarted if it runs another one, or if a file of the deploy, or of the folder `weights`,
-    changed after it started.
+    changed after it started; its last answers are given before. `front` is what stands before
+    several processes: where these serve, they do so until the one can.
     """
     found = host.get_fact(DemoService, root=root, weights=weights)
     if is_current(found, revision):
         host.noop(f"revision {revision} runs")
         return
+    about = (str(front.drain_seconds), front.program, front.user)
     if found.leftover:
+        yield script(_TAKE_OVER, UNIT, *about, instance(0), front.backends[0].address)
         units = f"{TARGET} {TEMPLATE.replace('@', '@*')} {FRONT} {FRONT}-watch"
         yield script(_RETIRE, units, root, *SEVERAL)
-    yield script(_START, UNIT)
+        return
+    yield script(_START, UNIT, about[0])
 
 
 @operation()
@@ -179,12 +262,18 @@ def rolled(*, root: str, weights: str, revision: str, front: Balancer) -> Genera
     if is_current(found, revision):
         host.noop(f"revision {revision} runs in {count} processes")
         return
-    if UNIT in found.leftover:
-        yield script(_RETIRE, UNIT, "", f"/etc/systemd/system/{UNIT}")
     units = [instance(number) for number in range(count)]
     yield StringCommand("systemctl daemon-reload && systemctl enable --quiet", TARGET, *units)
     working = {one.name for one in found.processes if one.active == "active"}
-    if away := [unit for unit in units if unit not in working]:
+    away = [unit for unit in units if unit not in working]
+    if UNIT in found.leftover:
+        # One alone has the first GPU: the others come beside it, and the first takes its place.
+        if beside := [unit for unit in away if unit != units[0]]:
+            yield script(_START_ALL, *beside)
+        yield script(_HAND_OVER, UNIT, str(front.drain_seconds), front.program, front.user)
+        yield script(_RETIRE, UNIT, "", f"/etc/systemd/system/{UNIT}")
+        away = [unit for unit in away if unit == units[0]]
+    if away:
         yield script(_START_ALL, *away)
     for one in found.processes:
         if one.name in working and not is_current(one, revision):

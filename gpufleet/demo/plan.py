@@ -283,8 +283,11 @@ def unit(
     weights: str,
     config: Sequence[ManagedFile],
     several: bool = False,
+    behind: bool = False,
 ) -> tuple[ManagedFile, str]:
     """The service's unit file and its revision; `several` processes are instances of it.
+
+    One `behind` a gateway lets nobody in before it can answer: who is refused is sent elsewhere.
 
     The arguments are the digests of what the service runs, the version of its weights and the
     files that configure it; a change of any of them, or of the unit itself, makes a new revision,
@@ -297,6 +300,7 @@ def unit(
     words += ["--model-id", settings.model_id]
     if not several:
         words += ["--host", str(settings.demo.bind), "--port", str(settings.demo.port)]
+        words += ["--share-port", *(["--late"] if behind else [])]
     words += ["--device", settings.accelerator]
     words += ["--max-waiting", str(settings.demo.queue)]
     words += ["--max-seconds", str(settings.demo.max_seconds), "--weights", weights]

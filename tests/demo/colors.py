@@ -205,6 +205,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--share-port", action="store_true")
+    parser.add_argument("--late", action="store_true")
     parser.add_argument("--limits", type=json.loads, default={}, help="fields of Limits, as JSON")
     parser.add_argument("--auth-file", type=Path)
     parser.add_argument("--weights", default="")
@@ -232,6 +234,8 @@ def main() -> None:
         revision=os.environ.get("MODELDEMO_REVISION", ""),
         host=args.host,
         port=args.port,
+        share_port=args.share_port,
+        late=args.late,
         weights=args.weights,
         limits=Limits(**args.limits),
         auth_file=args.auth_file,

@@ -130,9 +130,91 @@ def test_a_service_whose_gpu_is_lost_says_so_and_ends_for_systemd_to_start_it_ag
     assert "Traceback" not in service.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_loading_stops_at_once(number: signal.Signals) -> None:
-    service = Service("--load-seconds", "60", wait=False)
+def refuses(address: tuple[str, int]) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(address) != 0
+
+
+def test_sigquit_lets_every_answer_end_however_long_and_nobody_else_in() -> None:
+    service = Service()
+    question = user("slowly one after the other", picture())
+    responses: list[httpx.Response] = []
+
+    def ask(words: int) -> None:
+        responses.append(service.ask(question, max_tokens=words))
+
+    asking = [threading.Thread(target=ask, args=(words,)) for words in (45, 5)]
+    asking[0].start()  # longer than SIGTERM would let it
+    service.wait_until(lambda: service.metric("modeldemo_completion_tokens_total") > 8)
+    asking[1].start()
+    service.wait_until(lambda: service.metric("modeldemo_waiting") == 1)
+    address = service.address
+    service.process.send_signal(signal.SIGQUIT)
+    service.wait_until(lambda: refuses(address), 2)
+    for thread in asking:
+        thread.join()
+    assert [response.status_code for response in responses] == [200, 200]
+    assert service.exit_status(4) == 0
+    assert "Traceback" not in service.stderr
+
+
+def test_an_open_page_does_not_hold_back_the_end() -> None:
+    service = Service()
+    with service.client() as client, client.stream("GET", "/gradio_api/heartbeat/abc") as page:
+        assert page.status_code == 200
+        service.process.send_signal(signal.SIGQUIT)
+        assert service.exit_status(8) == 0
+
+
+def test_one_takes_a_port_over_from_another_and_no_question_fails() -> None:
+    old = Service("--share-port", MODELDEMO_REVISION="old")
+    port = str(old.address[1])
+    new = Service(
+        "--share-port", "--port", port, "--load-seconds", "2", wait=False, MODELDEMO_REVISION="new"
+    )
+
+    def who() -> str:
+        with old.client() as client:
+            health = client.get("/healthz")
+        assert health.status_code == 200
+        return str(health.json()["revision"])
+
+    # While it loads, it takes no connection.
+    new.wait_until(lambda: who() == "old" and "then listening on" in new.stderr)
+    seen: list[str] = []
+    new.wait_until(lambda: seen.append(who()) or "answers after" in new.stderr)
+    assert seen[:10] == ["old"] * 10
+    new.wait_until(lambda: {who() for _ in range(20)} == {"old", "new"})
+    old.process.send_signal(signal.SIGQUIT)
+    statuses: list[int] = []
+    while old.process.poll() is None:
+        statuses.append(new.ask(user("Which?", picture())).status_code)
+    assert set(statuses) == {200}
+    assert {who() for _ in range(10)} == {"new"}
+    assert old.exit_status() == new.stop() == 0
+
+
+def test_who_is_late_lets_nobody_in_while_it_loads() -> None:
+    service = Service("--late", "--load-seconds", "1", wait=False)
+    service.wait_until(lambda: "then listening on" in service.stderr)
+    assert refuses(service.address)
+    service.wait_until(lambda: not refuses(service.address))
+    with service.client() as client:
+        assert client.get("/healthz").status_code == 200
+    assert service.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [
+        (signal.SIGTERM, []),
+        (signal.SIGINT, []),
+        (signal.SIGQUIT, []),
+        (signal.SIGTERM, ["--late"]),
+    ],
+)
+def test_a_signal_while_loading_stops_at_once(number: signal.Signals, options: list[str]) -> None:
+    service = Service("--load-seconds", "60", *options, wait=False)
     service.wait_until(lambda: "listening on" in service.stderr)
     started = time.monotonic()
     service.process.send_signal(number)

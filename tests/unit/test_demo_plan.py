@@ -151,6 +151,7 @@ def make(model: Model) -> Unit:
         inputs: dict[str, str] | None = None,
         examples: str | None = None,
         several: bool = False,
+        behind: bool = False,
         **data: Any,
     ):
         entry = model.model_copy(update={"examples": examples})
@@ -161,7 +162,7 @@ def make(model: Model) -> Unit:
             ManagedFile(str(folder / name), given["config"])
             for name in ("minigpt4.yaml", "minigpt4_eval.yaml")
         ]
-        return unit(one, entry, **{**given, "config": config}, several=several)
+        return unit(one, entry, **{**given, "config": config}, several=several, behind=behind)
 
     return make
 
@@ -262,12 +263,18 @@ class TestTheUnit:
             *("--cfg-path", "/srv/x/config/minigpt4_eval.yaml"),
             *("--model-config", "/srv/x/config/minigpt4.yaml"),
             *("--model-id", "other"),
-            *("--host", "0.0.0.0", "--port", "7861", "--device", "cpu"),
+            *("--host", "0.0.0.0", "--port", "7861", "--share-port", "--device", "cpu"),
             *("--max-waiting", "4", "--max-seconds", "60"),
             *("--weights", INPUTS["weights"], "--threads", "3"),
             *("--examples", f"/srv/x/app/{INPUTS['application']}/modeldemo/pictures"),
         ]
         assert values["WorkingDirectory"] == f"/srv/x/app/{INPUTS['application']}"
+
+    def test_lets_nobody_in_before_it_answers_where_a_gateway_can_send_them_elsewhere(
+        self, service: Directives
+    ):
+        assert "--late" in shlex.split(dict(service(behind=True))["ExecStart"])
+        assert "--late" not in shlex.split(dict(service())["ExecStart"])
 
     def test_leaves_the_threads_to_torch_unless_they_are_set(self, service: Directives):
         assert "--threads" not in dict(service())["ExecStart"]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("modeldemo")
 
 GRACE = 4  # seconds that a running answer gets after SIGTERM
+BACKLOG = 128  # connections that wait to be taken
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -45,10 +46,14 @@ def notify(state: str) -> None:
             log.warning("cannot reach NOTIFY_SOCKET %s: %s", os.environ["NOTIFY_SOCKET"], error)
 
 
-def bind(host: str, port: int, unread_seconds: float) -> socket.socket:
-    """Return a listening socket; raises ModelDemoError that says what to do.
+def bind(
+    host: str, port: int, unread_seconds: float, *, share: bool = False, late: bool = False
+) -> tuple[socket.socket, bool]:
+    """Return a socket and whether it listens; raises ModelDemoError that says what to do.
 
-    Linux itself ends its connections to clients that take nothing for `unread_seconds`.
+    Where it is to `share` the port with other processes of its user and one of these listens, or
+    where it shall be `late`, it does not yet. Linux itself ends its connections to clients that
+    take nothing for `unread_seconds`.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -62,8 +67,12 @@ def bind(host: str, port: int, unread_seconds: float) -> socket.socket:
         milliseconds = int(unread_seconds * 1000)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     try:
+        if share:
+            late = late or _taken(family, address)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
-        sock.listen(128)
+        if not late:
+            sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         advice = {
@@ -73,7 +82,18 @@ def bind(host: str, port: int, unread_seconds: float) -> socket.socket:
             errno.EADDRNOTAVAIL: "this host has no such address; choose another --host",
         }.get(error.errno or 0, os.strerror(error.errno or 0))
         raise ModelDemoError(f"cannot listen on {host} port {port}: {advice}") from None
-    return sock
+    return sock, not late
+
+
+def _taken(family: int, address: Any) -> bool:
+    """Whether somebody has the port."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def serve(
@@ -85,15 +105,18 @@ def serve(
     weights: str = "",
     host: str = "127.0.0.1",
     port: int = 7860,
+    share_port: bool = False,
+    late: bool = False,
     users: Users | None = None,
     examples: Sequence[Path] = (),
 ) -> int:
-    """Serve what `load` returns until SIGTERM or SIGINT.
+    """Serve what `load` returns until SIGTERM or SIGINT; SIGQUIT lets all answers end first.
 
-    `load` runs in the model's thread and may take minutes; meanwhile /healthz answers 503.
-    Returns the exit status: 0 after a stop, 1 when the model could not be loaded or its device
-    was lost. Raises
-    ModelDemoError when the port is not to be had.
+    `load` runs in the model's thread and may take minutes; meanwhile /healthz answers 503, unless
+    the process listens `late`, or with `share_port` where another one listens: then it takes
+    connections once it can answer.
+    Returns the exit status: 0 after a stop, 1 when the model could not be loaded or its device was
+    lost. Raises ModelDemoError when the port is not to be had.
     """
     server: uvicorn.Server | None = None
     stopped_early = False
@@ -106,16 +129,19 @@ def serve(
             server.should_exit = True
 
     # Until uvicorn handles them; it raises them again for this handler when it has stopped.
-    for sig in (signal.SIGTERM, signal.SIGINT):
+    for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(sig, stop_early)
-    sock = bind(host, port, limits.unread_seconds)
-    shown = f"[{host}]" if ":" in host else host
-    log.info("listening on http://%s:%d, loading the model", shown, sock.getsockname()[1])
+    sock, listens = bind(host, port, limits.unread_seconds, share=share_port, late=late)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    if listens:
+        log.info("listening on %s, loading the model", address)
+    else:
+        log.info("loading the model, then listening on %s", address)
     notify("STATUS=loading the model")
     # The web framework takes most of a second to import: only once the port is ours.
     import uvicorn
 
-    from modeldemo import api, gate
+    from modeldemo import api, drain, gate
     from modeldemo.metrics import Metrics
     from modeldemo.runner import Runner, failure
     from modeldemo.slot import Slot
@@ -143,6 +169,8 @@ def serve(
             running.should_exit = True
             return
         runner.open()
+        if not listens:
+            sock.listen(BACKLOG)
         log.info("%s answers after %.1f s", model_id, runner.uptime)
         notify(f"READY=1\nSTATUS={model_id} answers")
 
@@ -152,6 +180,8 @@ def serve(
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             notify("STOPPING=1\nSTATUS=stopping")
             loop = asyncio.get_running_loop()
+            # First: whom nobody lets in may ask somebody else.
+            loop.call_soon_threadsafe(drain.stop_listening, self)
             loop.call_soon_threadsafe(runner.close)
             loop.call_soon_threadsafe(slot.stop)
             loop.call_soon_threadsafe(loop.call_later, GRACE, runner.abort)
@@ -175,10 +205,23 @@ def serve(
         )
     )
     running.should_exit = stopped_early
+    running.servers = []  # before its start too
+
+    async def end() -> None:
+        notify("STATUS=ending its last answers")
+        await drain.drained(running)
+        running.handle_exit(signal.SIGTERM, None)
 
     async def run() -> None:
+        ending: list[asyncio.Task[None]] = []
         preparing = asyncio.create_task(prepare())
-        await running.serve(sockets=[sock])
+        while not (listens or preparing.done() or running.should_exit):
+            await asyncio.sleep(0.05)
+        if listens or not running.should_exit:
+            asyncio.get_running_loop().add_signal_handler(
+                signal.SIGQUIT, lambda: ending.append(asyncio.create_task(end()))
+            )
+            await running.serve(sockets=[sock])
         preparing.cancel()
         await slot.close()
 
@@ -226,6 +269,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--model-id", default="pico", help="name in the API (default: %(default)s)")
     option("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     option("--port", type=_port, default=7860, help="default: %(default)s; 0 takes a free one")
+    share = "let other processes of this user listen there too; beside one, do so once ready"
+    option("--share-port", action="store_true", help=share)
+    option("--late", action="store_true", help="listen only once the model answers")
     option("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     option("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
     waiting = "questions that may wait before the service says busy (default: %(default)s)"
@@ -284,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         revision=os.environ.get("MODELDEMO_REVISION", ""),
         host=args.host,
         port=args.port,
+        share_port=args.share_port,
+        late=args.late,
         weights=args.weights,
         limits=Limits(waiting=args.max_waiting, seconds=args.max_seconds),
         auth_file=args.auth_file,
