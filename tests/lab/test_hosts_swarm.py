@@ -146,6 +146,14 @@ def test_files_reach_every_host_at_about_one_upload_and_nothing_else_stays(
         assert left(host) == []
 
 
+def test_on_a_line_that_is_quicker_than_the_hosts_little_is_uploaded_twice(
+    lab3: Fleet, tmp_path: Path
+) -> None:
+    with pushing(lab3.hosts, tmp_path, 192) as trial:
+        trial.all_done()
+        assert trial.swarm.uploaded < 1.4 * 192 * MIB + 9 * MIB
+
+
 def test_a_push_that_was_killed_leaves_hosts_that_end_by_themselves_and_is_continued(
     lab3: Fleet, tmp_path: Path
 ) -> None:

@@ -104,6 +104,13 @@ class TestPlan:
     ):
         assert {name for name in tried if plan.alone(tried, name)} == lone
 
+    def test_ciphers_that_cost_least_come_first_and_none_is_added(self):
+        given = "chacha20-poly1305@openssh.com,aes128-ctr,aes128-gcm@openssh.com,aes256-ctr"
+        assert plan.cheapest_first(given) == (
+            "aes128-gcm@openssh.com,chacha20-poly1305@openssh.com,aes128-ctr,aes256-ctr"
+        )
+        assert plan.cheapest_first("aes256-ctr") == "aes256-ctr"
+
     @pytest.mark.parametrize("hosts", [1, 2, 3, 8])
     def test_every_piece_is_asked_of_this_machine_by_one_host_first(self, hosts: int):
         pieces = set(range(100))
@@ -289,6 +296,7 @@ class TestHosts:
         one, two = push.agent("one"), push.agent("two")
         two.meet(one)
         one.meet(two)
+        assert two.becomes("sending")["lacks"]
         push.seed().connect_peer(("127.0.0.1", one.port))
         for agent in (one, two):
             report = agent.becomes("done")

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpufleet.weights.swarm import plan
 from gpufleet.weights.swarm.client import ENDS, Member, Progress
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Link:
         self.reached: Mapping[str, bool | None] = {}
         self.rests = False
         """Whether it leaves this machine to others for a moment."""
+        self.lacks = False
+        """Whether it needs pieces that it knows no other host to have."""
         self._ssh: asyncio.subprocess.Process | None = None
         self._gone = asyncio.Event()
         self.over = False
@@ -168,7 +171,8 @@ class Link:
         """One ssh, from its start to its end. Raises Lost if it ends by itself."""
         member, push = self.member, self.push
         local = free_port()
-        options = [word for key, value in _OPTIONS.items() for word in ("-o", f"{key}={value}")]
+        given = {**_OPTIONS, **await self._cipher()}
+        options = [word for key, value in given.items() for word in ("-o", f"{key}={value}")]
         forward = ["-L", f"127.0.0.1:{local}:127.0.0.1:{self.port}"]
         remote = shlex.join([*(["sudo", "-n"] if member.sudo else []), member.python, "-c", BOOT])
         self._ssh = await asyncio.create_subprocess_exec(
@@ -214,6 +218,23 @@ class Link:
         finally:
             heartbeat.cancel()
 
+    async def _cipher(self) -> dict[str, str]:
+        """The ciphers that ssh would offer this host, those first that cost least; none if it
+        does not say.
+        """
+        ssh = await asyncio.create_subprocess_exec(
+            *(self.member.ssh[0], "-G", *self.member.ssh[1:]),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        said, _ = await ssh.communicate()
+        for line in said.decode(errors="replace").splitlines():
+            key, _, value = line.partition(" ")
+            if key == "ciphers":
+                return {"Ciphers": plan.cheapest_first(value)}
+        return {}
+
     async def _bring_engine(self) -> bool:
         """Have the host get the engine from others or from here; False if that is its end."""
         push = self.push
@@ -248,6 +269,7 @@ class Link:
             return
         first, self.engine_port = not self.engine_port, message["wheel_port"]
         self.reached, self.rests = message["reached"], message["rests"]
+        self.lacks = message["lacks"]
         known = {name: message[name] for name in ("state", "bytes", "of", "rate", "peers", "why")}
         self.say(Progress(**known))
         if first:

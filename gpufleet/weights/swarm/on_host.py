@@ -41,8 +41,14 @@ FLUSH = 5.0
 LOOPBACK = frozenset({"127.0.0.1", "::1"})
 #: A unit that heard from another operator's process within so many seconds is in use.
 IN_USE = 20.0
-#: How much a host asks the operator's machine for at once: pieces, and seconds of what comes.
-AHEAD, AHEAD_SECONDS = 8, 1.5
+#: How much a host asks the operator's machine for at once, whichever is most: pieces, bytes, and
+#: seconds of what comes. With less, that machine is asked for pieces that others have already.
+AHEAD, AHEAD_BYTES, AHEAD_SECONDS = 8, 16 << 20, 4.0
+#: Blocks of 16 KiB that a host may have asked of the operator's machine at a time: about what ssh
+#: lets be under way. What was asked comes, though another host may have given it meanwhile.
+QUEUE = 128
+#: libtorrent's state of a block that has come; below are those that have not.
+WRITING = 2
 #: Seconds for which a host that has all of its own turn leaves the operator's machine to others,
 #: unless that has nothing to do: what they have asked for is on its way, and would be sent twice.
 REST = 30.0
@@ -54,8 +60,9 @@ MEMORY, DAYS = "2G", 7
 def settings(port: int, encrypt: bool) -> dict[str, Any]:
     """libtorrent's settings for a member, on whichever machine: no way to be found by others.
 
-    `port` 0 listens nowhere. A handshake is always encrypted, under a key that only those who
-    know the torrent's hash can make; what follows only if `encrypt`, at twice the CPU time.
+    `port` 0 listens nowhere: the operator's machine. A handshake is always encrypted, under a key
+    that only those who know the torrent's hash can make; what follows only if `encrypt`, at twice
+    the CPU time.
     """
     return {
         "listen_interfaces": f"0.0.0.0:{port},[::]:{port}" if port else "",
@@ -80,7 +87,7 @@ def settings(port: int, encrypt: bool) -> dict[str, Any]:
         "no_connect_privileged_ports": False,
         "peer_timeout": 60,
         "max_out_request_queue": 2000,
-        "max_allowed_in_request_queue": 4000,
+        "max_allowed_in_request_queue": 4000 if port else QUEUE,
         "send_buffer_watermark": 4 << 20,
         "send_not_sent_low_watermark": 1 << 18,
         "disk_write_mode": 0,  # pwrite: a full disk is an error, not a signal
@@ -407,12 +414,16 @@ class Serve:
         self.peers: dict[str, Peer] = {}
         self.wanted: dict[int, int] = {}
         """Index and size of every file that this host is to get."""
+        self.all: frozenset[int] = frozenset()
+        """Pieces of those files."""
         self.waiting: set[int] = set()
         """Pieces of those files that it does not ask for yet."""
         self.turn = (0, 1)
         """Which of how many hosts this one is: whose turn it is to ask for a piece first."""
         self.open: set[int] = set()
         """Pieces that it asks the operator's machine for."""
+        self.lacks = False
+        """Whether there are pieces that neither it has nor a host that it exchanges with."""
         self.rested = 0.0
         """When it began its rest, 0 while there are pieces of its own turn to ask for."""
         self.rests = False
@@ -437,6 +448,8 @@ class Serve:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
             self.loop()
+        except Exception as error:  # the journal's last line is what the operator is told
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             self.keep()
 
@@ -535,6 +548,7 @@ class Serve:
                 first = files.file_offset(index) // size
                 self.waiting.update(range(first, first - -files.file_size(index) // size))
         torrent.renamed_files = names
+        self.all = frozenset(self.waiting)
         self.turn = given["turn"]
         torrent.piece_priorities = [0] * torrent.ti.num_pieces()
         for path in given["empty"]:
@@ -612,13 +626,16 @@ class Serve:
         self.waiting -= {piece for piece in self.waiting if held[piece]}
         from_there = [p for p in self.torrent.get_peer_info() if p.ip[0] in LOOPBACK]
         seen = self.torrent.piece_availability()
+        if not seen:  # it is whole since a moment
+            return
         self.ask({piece for piece in self.waiting if seen[piece] > bool(from_there)}, 2)
+        self.lacks = any(not held[piece] and seen[piece] <= bool(from_there) for piece in self.all)
         self.open = {piece for piece in self.open if not held[piece]}
         own, now = in_turn(self.waiting, self.turn), time.monotonic()
         if own:
             self.rested = 0.0
             self.rest(False)
-        elif self.open:
+        elif self.open and not self.arrived(self.open):
             return
         elif self.peers and not self.help and (not self.rested or now - self.rested < REST):
             self.rested = self.rested or now
@@ -627,7 +644,8 @@ class Serve:
         else:
             self.rest(False)
         rate = sum(peer.payload_down_speed for peer in from_there)
-        need = max(AHEAD, int(AHEAD_SECONDS * rate / self.piece)) - len(self.open)
+        ahead = max(AHEAD_BYTES, AHEAD_SECONDS * rate) / self.piece
+        need = max(AHEAD, int(ahead)) - len(self.open)
         if need <= 0:
             return
         some = sorted(own)[:need]
@@ -636,6 +654,14 @@ class Serve:
             some = random.sample(last, min(need, len(last)))
         self.open |= set(some)
         self.ask(set(some), 7)
+
+    def arrived(self, pieces: set[int]) -> bool:
+        """Whether all of those pieces are here, though perhaps not yet written and verified."""
+        partial = {one["piece_index"]: one["blocks"] for one in self.torrent.get_download_queue()}
+        return all(
+            piece in partial and all(block["state"] >= WRITING for block in partial[piece])
+            for piece in pieces
+        )
 
     def rest(self, rests: bool) -> None:
         """Leave the operator's machine to others, or be served by it again.
@@ -732,6 +758,7 @@ class Serve:
                 "peers": len(self.connected()),
                 "why": self.problem,
                 "rests": self.rests,
+                "lacks": self.lacks,
                 "reached": {peer.name: peer.reached for peer in self.peers.values()},
                 "port": self.port,
                 "wheel_port": self.wheel_port,

@@ -33,6 +33,15 @@ def piece_size(total_bytes: int) -> int:
     return size
 
 
+def cheapest_first(ciphers: str) -> str:
+    """The same ciphers, `a,b,c` as ssh lists them, with AES-GCM before all others.
+
+    Every x86 and ARM server does AES in hardware: ssh's own first choice, chacha20-poly1305,
+    takes two to three times the CPU time there. None is offered that was not before.
+    """
+    return ",".join(sorted(ciphers.split(","), key=lambda name: "-gcm" not in name))
+
+
 def alone(tried: Mapping[str, Mapping[str, bool | None]], name: str) -> bool:
     """Whether a host has others and neither reaches any of them nor is reached by one.
 

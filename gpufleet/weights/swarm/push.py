@@ -22,8 +22,8 @@ from gpufleet.weights.swarm.torrent import Source, Torrent, changed_line, make
 
 #: Seconds between looks at the files of this machine, and between looks at the swarm.
 LOOK, TICK = 1.0, 0.5
-#: Looks after which this machine counts as idle.
-IDLE = 4
+#: Looks after which this machine, next to idle, helps: hosts that lack what no other has, or any.
+IDLE_LACKING, IDLE = 8, 20
 #: How long a host waits for another to have the engine, in seconds.
 ENGINE_WAIT = 60.0
 
@@ -214,7 +214,10 @@ class Push:
         rate = self._seed.status().upload_payload_rate
         self._peak = max(self._peak, rate)
         self._idle = self._idle + 1 if rate < self._peak / 4 else 0
-        help_ = self._idle >= IDLE
+        lacking = any(
+            link.lacks and link.progress.state == "sending" for link in self.links.values()
+        )
+        help_ = self._idle >= (IDLE_LACKING if lacking else IDLE)
         if help_ != self._help:
             self._help = help_
             for link in self.links.values():
