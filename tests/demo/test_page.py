@@ -50,6 +50,9 @@ class Visitor:
     def asking(self, question: str) -> Any:
         return self._client.submit(question, 1, 1.0, api_name="/answer")
 
+    def stop(self) -> None:
+        self._client.predict(api_name="/stop")
+
     def restart(self) -> dict[str, Any]:
         shown, chat, note, question = self._client.predict(api_name="/restart")
         return {"picture": shown, "chat": chat, "note": note, "question": question}
@@ -361,6 +364,23 @@ def test_a_picture_that_comes_during_an_answer_goes_with_the_next_question(
     assert not isinstance(second, list)  # nor is it asked, and the conversation stays as it is
     assert running.result()[1]["interactive"]
     assert said(asking("compare them").result()[0])[-1] == "They are red blue"
+
+
+def test_an_answer_that_is_stopped_stays_as_far_as_it_came(
+    service: Service, visitor: Visitor, tmp_path: Path
+) -> None:
+    cancelled = 'modeldemo_answers_total{outcome="cancelled"}'
+    before, made = service.metric(cancelled), service.metric("modeldemo_completion_tokens_total")
+    visitor.look(picture("red"), tmp_path)
+    running = visitor.asking("slowly one after the other")
+    service.wait_until(lambda: service.metric("modeldemo_completion_tokens_total") > made + 2)
+    visitor.stop()
+    chat, question = running.result()
+    assert said(chat)[-1].startswith("blue green red")
+    assert len(said(chat)[-1].split()) < 100
+    assert question["interactive"]
+    service.wait_until(lambda: service.metric(cancelled) == before + 1, seconds=3)
+    assert visitor.ask("Which?")[-1] == "It is mostly red after 3 turns."
 
 
 def test_an_emptied_conversation_begins_again_with_the_same_picture(

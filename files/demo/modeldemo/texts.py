@@ -35,6 +35,7 @@ class Texts:
     system_prompt: str
     settings: str
     send: str
+    stop: str
     restart: str
     labels: str
     labels_example: str
@@ -64,6 +65,7 @@ TEXTS: dict[Language, Texts] = {
         system_prompt="System prompt",
         settings="Settings",
         send="Send",
+        stop="Stop",
         restart="Restart",
         labels="Labels, one a line",
         labels_example="a cat\na dog\na city at night",
@@ -98,6 +100,7 @@ TEXTS: dict[Language, Texts] = {
         system_prompt="系统提示词",
         settings="设置",
         send="发送",
+        stop="停止",
         restart="重新开始",
         labels="标签，每行一个",
         labels_example="a cat\na dog\na city at night",

@@ -87,16 +87,22 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
                         scale=1,
                         elem_id="send",
                     )
+                    stop = gr.Button(texts.stop, visible="hidden", scale=1, elem_id="stop")
                     restart = gr.Button(texts.restart, scale=1, elem_id="restart")
         parts.served(runner, texts)
 
-        def fields(on: bool) -> tuple[Any, Any]:
+        def fields(on: bool) -> tuple[Any, ...]:
+            """Of the question, and of the buttons that send it and stop its answer."""
             asking = texts.ask if pictures == "none" else texts.ask_picture
             placeholder = asking if on else hint
-            return gr.update(interactive=on, placeholder=placeholder), gr.update(interactive=on)
+            question = gr.update(interactive=on, placeholder=placeholder)
+            return question, gr.update(interactive=on), gr.update(visible="hidden")
 
         def leave(request: gr.Request) -> None:
             sessions.leave(request.session_hash)
+
+        async def enough(request: gr.Request) -> None:
+            sessions.stop(request.session_hash)
 
         async def look(
             file: dict[str, Any] | None, messages: list[Said], request: gr.Request
@@ -116,15 +122,15 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
             if pictures == "several":
                 on = path is not None or any(message.pictures for message in messages)
                 waits = sessions.waits(request.session_hash)  # its end opens the question
-                asking = (gr.skip(), gr.skip()) if waits else fields(on)
+                asking = (gr.skip(),) * 3 if waits else fields(on)
                 return [shown, path, gr.skip(), gr.skip(), problem, *asking]
             sessions.leave(request.session_hash)
             return [shown, path, [], [], problem, *fields(path is not None)]
 
         async def clear(request: gr.Request) -> list[Any]:
             sessions.leave(request.session_hash)
-            text, button = fields(pictures == "none")
-            return [None, None, [], [], "", {**text, "value": ""}, button]
+            text, *buttons = fields(pictures == "none")
+            return [None, None, [], [], "", {**text, "value": ""}, *buttons]
 
         async def forget(path: str | None, request: gr.Request) -> list[Any]:
             """Empty the conversation; the picture stays, for the next question."""
@@ -140,21 +146,26 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
         ) -> AsyncIterator[list[Any]]:
             """Stream the answer into the conversation; an error gives the question back."""
             if sessions.waits(request.session_hash):  # a second click, before the first closed it
-                yield [gr.skip()] * 4
+                yield [gr.skip()] * 5
                 return
             asked = asked.strip()
             first = not any(message.pictures for message in messages)
             if not asked or (pictures != "none" and first and not path):
                 gr.Warning(hint)
-                yield [gr.skip()] * 4
+                yield [gr.skip()] * 5
                 return
-            gone = sessions.begin(request.session_hash)
+            wish = sessions.begin(request.session_hash)
             # The one picture belongs to the first question, each of several to the next one.
             sent = {picture for message in messages for picture in message.pictures}
             wanted = path and (first or (pictures == "several" and path not in sent))
             new = (path,) if path and wanted else ()
             history = [*messages, Said("user", asked, new)]
-            closed = gr.update(value="", interactive=False), gr.update(interactive=False)
+            closed = (
+                gr.update(value="", interactive=False),
+                gr.update(interactive=False),
+                gr.update(visible=True),
+            )
+            opened = fields(on=True)
             text = ""
             try:
                 yield [_shown(history, alt, "…"), gr.skip(), *closed]
@@ -164,21 +175,22 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
                 reply = runner.ask(conversation, sampling)
                 async with aclosing(reply.pieces(parts.GLANCE)) as pieces:
                     async for piece in pieces:
-                        if gone.is_set():
+                        if wish.gone:
                             # gradio repeats the last output at the end, over an emptied page
-                            yield [gr.skip()] * 4
+                            yield [gr.skip()] * 5
                             return
                         if piece:
                             text += piece
-                            yield [_shown(history, alt, text), *[gr.skip()] * 3]
+                            yield [_shown(history, alt, text), *[gr.skip()] * 4]
+                        if wish.enough:
+                            break
             except ModelDemoError as error:
                 gr.Warning(parts.sentence(error, texts))
-                again = gr.update(value=asked, interactive=True), gr.update(interactive=True)
-                yield [_shown(messages, alt), gr.skip(), *again]
+                again, *buttons = opened
+                yield [_shown(messages, alt), gr.skip(), {**again, "value": asked}, *buttons]
                 return
             finally:
-                sessions.end(request.session_hash, gone)
-            opened = gr.update(interactive=True), gr.update(interactive=True)
+                sessions.end(request.session_hash, wish)
             shown = _shown(history, alt, text or texts.no_words)
             yield [shown, [*history, Said("assistant", text)], *opened]
 
@@ -186,13 +198,21 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
             [question.submit, send.click],
             answer,
             [upload, said, question, *before, *controls],
-            [chat, said, question, send],
+            [chat, said, question, send, stop],
             concurrency_limit=None,  # the runner has the queue, for this page and the API alike
             show_progress="hidden",
             api_name="answer",
             api_visibility="undocumented",
         )
-        everything = [picture, upload, chat, said, note, question, send]
+        stop.click(
+            enough,
+            None,
+            None,
+            show_progress="hidden",
+            api_name="stop",
+            api_visibility="undocumented",
+        )
+        everything = [picture, upload, chat, said, note, question, send, stop]
         for trigger in chosen:
             trigger(
                 look,
@@ -216,7 +236,13 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
         chat.clear(
             forget,
             upload,
-            [chat, said, question, send],  # the page empties chat itself, but an answer refills it
+            [
+                chat,
+                said,
+                question,
+                send,
+                stop,
+            ],  # the page empties chat itself, but an answer refills it
             show_progress="hidden",
             api_name="forget",
             api_visibility="undocumented",

@@ -74,7 +74,7 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
                 gr.Warning(texts.labels_hint)
                 yield [gr.skip()] * 2
                 return
-            gone = sessions.begin(request.session_hash)
+            wish = sessions.begin(request.session_hash)
             yield [gr.skip(), gr.update(interactive=False)]
             text = ""
             try:
@@ -84,7 +84,7 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
                 async with aclosing(reply.pieces(parts.GLANCE)) as pieces:
                     async for piece in pieces:
                         text += piece
-                        if gone.is_set():
+                        if wish.gone:
                             yield [gr.skip()] * 2
                             return
             except ModelDemoError as error:

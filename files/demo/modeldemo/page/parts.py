@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,30 @@ IDS = {"num_beams": "beams"}
 WHOLE = {field.name for field in fields(Sampling) if field.type in ("int", "int | None")}
 
 
+@dataclass
+class Wish:
+    """What a person wants of the answer that comes."""
+
+    gone: bool = False
+    """Its conversation has ended: nobody wants any of it."""
+    enough: bool = False
+    """No more of it: what has come is the answer."""
+
+
 class Sessions:
     """Which browsers wait for an answer, and which of them no longer want it."""
 
     def __init__(self) -> None:
-        self._running: dict[str | None, asyncio.Event] = {}
+        self._running: dict[str | None, Wish] = {}
 
-    def begin(self, session: str | None) -> asyncio.Event:
-        """The event that is set when this browser's conversation ends before its answer."""
-        self._running[session] = gone = asyncio.Event()
-        return gone
+    def begin(self, session: str | None) -> Wish:
+        """What this browser's person will want of the answer that begins."""
+        self._running[session] = wish = Wish()
+        return wish
 
-    def end(self, session: str | None, gone: asyncio.Event) -> None:
-        """The answer that `begin` gave this event to is whole, or failed."""
-        if self._running.get(session) is gone:
+    def end(self, session: str | None, wish: Wish) -> None:
+        """The answer is whole, or failed."""
+        if self._running.get(session) is wish:
             del self._running[session]
 
     def waits(self, session: str | None) -> bool:
@@ -55,8 +65,14 @@ class Sessions:
         return session in self._running
 
     def leave(self, session: str | None) -> None:
-        if gone := self._running.pop(session, None):
-            gone.set()
+        """The conversation ends."""
+        if wish := self._running.pop(session, None):
+            wish.gone = True
+
+    def stop(self, session: str | None) -> None:
+        """The answer ends where it is."""
+        if wish := self._running.get(session):
+            wish.enough = True
 
 
 def page(runner: Runner) -> gr.Blocks:

@@ -27,7 +27,7 @@ CSS = """
 #chat .component .image-frame { height: auto; width: auto; }
 #ask { align-items: stretch; }
 #question textarea { font-size: 1rem; }
-#send, #restart { min-width: 6.5rem; white-space: nowrap; }
+#send, #stop, #restart { min-width: 6.5rem; white-space: nowrap; }
 .gradio-container :is(a, button, input, textarea):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
 #shares h2 { font-size: 1rem; margin: 0 0 .5rem; }
