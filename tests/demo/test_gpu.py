@@ -6,8 +6,10 @@ the application's own code as fake tensors on `cuda:0`.
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import tiny_systems
@@ -15,7 +17,9 @@ import torch
 from fake_gpu import GPU, Waits, fake_gpu, with_numbers
 from modeldemo import hub_folder
 from modeldemo.clip.engine import ClipEngine
-from modeldemo.engine import Conversation, Sampling, Turn
+from modeldemo.device import ran_out
+from modeldemo.engine import Conversation, DeviceLost, ModelDemoError, Sampling, Turn
+from modeldemo.metrics import GpuMemory
 from modeldemo.minigpt4 import engine as minigpt4
 from modeldemo.minigpt4 import load
 from modeldemo.minigpt4.checkpoints import read_llama_config
@@ -162,6 +166,41 @@ def test_clip_compares_on_one_device(clip, gpu, precision):
     assert kept == {GPU}
     labels = Conversation((Turn("user", "a red square\na blue circle", (RED,)),))
     assert "a red square" in "".join(piece.text for piece in engine.stream(labels, Sampling()))
+
+
+def test_what_cudas_libraries_call_a_lack_of_memory_is_one():
+    said = (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        torch.AcceleratorError("CUDA error: out of memory\nCompile with ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    )
+    assert all(ran_out(error) for error in said)
+    assert not ran_out(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not ran_out(ValueError("CUDA error: out of memory"))
+
+
+def test_a_failed_gpu_is_told_from_a_failed_question(starchat, gpu, monkeypatch):
+    engine = StarChatEngine.load(hub_folder.Settings(starchat), "cuda", "starchat")
+    asked = Conversation((Turn("user", "Add two numbers."),))
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nx")
+
+    def fail(*_):
+        raise lost
+
+    engine._model.transformer.wte.register_forward_pre_hook(fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    with pytest.raises(ModelDemoError, match=r"^generation failed: CUDA error: an illegal"):
+        list(engine.stream(asked, engine.defaults))
+    # An error that stays: whatever is asked of the GPU from now on ends with it.
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    with pytest.raises(DeviceLost, match=r"illegal memory access was encountered.*Xid") as caught:
+        list(engine.stream(asked, engine.defaults))
+    assert "\n" not in str(caught.value)
+
+
+def test_metrics_are_told_while_torch_is_being_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    assert [family.samples for family in GpuMemory().collect()] == [[]]
 
 
 def test_what_a_gpu_refuses_is_refused_here(gpu):

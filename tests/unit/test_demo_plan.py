@@ -324,6 +324,18 @@ class TestTheUnit:
         lists = {"PrivateDevices", "DevicePolicy", "DeviceAllow", "ProtectClock"}
         assert not lists & dict(service(accelerator="cuda")).keys()
 
+    def test_may_use_a_card_as_its_driver_does(self, service: Directives):
+        """Its files may be the group video's alone, and it binds threads and memory to nodes."""
+        found = {name: service(accelerator=name) for name in ("cpu", "cuda")}
+        filters = {
+            name: [value for key, value in lines if key == "SystemCallFilter"]
+            for name, lines in found.items()
+        }
+        assert filters["cpu"] == ["@system-service", "~@privileged @resources"]
+        assert filters["cuda"] == ["@system-service", "~@privileged"]
+        assert dict(found["cuda"])["SupplementaryGroups"] == "video"
+        assert "SupplementaryGroups" not in dict(found["cpu"])
+
     @pytest.mark.parametrize(
         "key", ["NoNewPrivileges", "ProtectHome", "PrivateTmp", "RestrictSUIDSGID"]
     )

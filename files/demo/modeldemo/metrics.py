@@ -114,9 +114,12 @@ class GpuMemory(Collector):
             "GPU memory: allocated (tensors), reserved (by torch), free and total (of the device)",
             labels=("device", "name", "kind"),
         )
-        # Importing torch takes seconds, and what does not use it has nothing to tell.
+        # Importing torch takes seconds, and what does not use it has nothing to tell; while another
+        # thread imports it, it is there in parts.
         torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        cuda = getattr(torch, "cuda", None)
+        # Not whether there is a GPU: to ask starts the driver, for which this thread has no time.
+        if torch is not None and cuda is not None and cuda.is_initialized():
             for device in range(torch.cuda.device_count()):
                 if not torch.cuda.memory_reserved(device):
                     continue  # asking a device that is not used would take memory on it

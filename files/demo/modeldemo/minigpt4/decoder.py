@@ -127,7 +127,8 @@ class Decoder:
     def record(self) -> None:
         """Record the CUDA graphs of a step; without them, steps are slower and no less right.
 
-        bitsandbytes' layers ask the GPU what to do next, so there is nothing to record of them.
+        bitsandbytes' 8-bit layers ask the GPU whether there are outliers, so there is nothing to
+        record of them; its 4-bit ones nobody has recorded yet.
         """
         if any(type(layer.mlp.up_proj) is not nn.Linear for layer in self._layers):
             return
