@@ -240,8 +240,7 @@ def summary(result: Result) -> str:
     hosts = f"{len(result.hosts)} host{'s' * (len(result.hosts) != 1)}"
     log = f"log: {relative(result.log)}"
     if result.interrupted:
-        again = f"./fleet {result.command} -i {result.inventory}"
-        return f"stopped; {again} continues from here; {log}"
+        return f"stopped; the same command continues from here; {log}"
     if result.exit_code == 2:
         return f"nothing was changed; {log}"
     pending = sum(len(host.pending) for host in result.hosts)

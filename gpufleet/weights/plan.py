@@ -51,8 +51,11 @@ for d in "$1"/incoming/weights-*/; do
   d=${d%/}
   find "$d" -type f -printf "staged\t${d##*/weights-}\t%s\t%b\t%P\n"
 done
-d=$w; while [ ! -d "$d" ]; do d=${d%/*}; d=${d:-/}; done
-printf 'free_kib\t%s\n' "$(df -Pk "$d" | awk 'NR==2 {print $4}')"
+# Where they arrive and where they stay may be two disks, if one of the folders is a link.
+printf 'free_kib\t%s\n' "$(for d in "$w" "$1/incoming"; do
+  while [ ! -d "$d" ]; do d=${d%/*}; d=${d:-/}; done
+  df -Pk "$d" | awk 'NR==2 {print $4}'
+done | sort -n | head -n 1)"
 command -v rsync >/dev/null && printf 'rsync\tyes\n'
 :
 """

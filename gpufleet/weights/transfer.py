@@ -79,8 +79,9 @@ part send | tr '\n' '\0' | xargs -0 -r -P "$(nproc)" -n 1 sh -c '
       "removed, apply again" >&2
     rm -f "$from/$path"; exit 1
   fi
-  chmod 644 "$from/$path" && sync "$from/$path" &&
-  mv -f "$from/$path" "$b/.$sum.new" && mv -f "$b/.$sum.new" "$b/$sum" && stat >> "$b/.verified"
+  # The first move may be a copy to another disk.
+  chmod 644 "$from/$path" && mv -f "$from/$path" "$b/.$sum.new" && sync "$b/.$sum.new" &&
+  mv -f "$b/.$sum.new" "$b/$sum" && stat >> "$b/.verified"
 ' sh
 part adopt | while IFS=$tab read -r sum said path; do
   [ -L "$path" ] && [ -f "$b/$sum" ] && continue

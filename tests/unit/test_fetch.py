@@ -235,6 +235,16 @@ class TestATokenOfThePerson:
         assert {sent[path] for path in sent if "/cdn/" not in path} == {"Bearer hf_secret"}
         assert {sent[path] for path in sent if "/cdn/" in path} == {None}
 
+    def test_goes_to_no_mirror_that_nobody_named(self, site: Site, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        endpoints = hubs.Endpoints(site.hub.address, site.hub.address, named=False)
+        assert site.fetch(endpoints=endpoints).sets[0].done
+        assert {headers.get("authorization") for _, _, headers in site.hub.asked} == {None}
+        gated = respond(403, X_Error_Code="GatedRepo")
+        site.hub.faults = [always("/api/models/", gated)]
+        (one,) = site.fetch(site.set(folder="other"), endpoints=endpoints).sets
+        assert one.error.endswith("; a token goes only to a site that you name with --mirror")
+
     def test_may_have_come_with_a_line_s_end(self, site: Site, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms_secret\n")
         site.fetch(site.set({"modelscope": REPOSITORY}))

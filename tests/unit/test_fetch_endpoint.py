@@ -80,6 +80,15 @@ def test_auto_takes_a_site_that_works_from_this_machine_and_remembers_it(cache: 
     assert (cache / "probed.json").is_file()
 
 
+def test_a_site_that_nobody_named_is_told_from_one_that_somebody_did(cache: Path):
+    with serving() as site:
+        for wanted, named in ((own(site), False), (own(site, site="own0"), True)):
+            found = endpoints(None, wanted, {})
+            assert (found.huggingface, found.named) == (f"http://{site.place}", named)
+    assert endpoints("hf-mirror", mirrors(), {}).named
+    assert endpoints(None, None, {}).named
+
+
 def test_auto_without_a_site_that_works_is_hugging_face_s_own_address():
     with serving(files={}) as empty:
         found = endpoints(None, own(empty), {})

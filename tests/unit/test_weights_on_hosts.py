@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -374,6 +376,21 @@ def test_a_host_without_a_folder_has_nothing(host: Host):
     assert replace(found, free=0, rsync=False) == Stored()
     assert found.free > 0
     assert WeightsOnHost.default() == Stored()
+
+
+@pytest.mark.parametrize("link", ["weights", "incoming"])
+def test_files_may_arrive_on_one_disk_and_stay_on_another(host: Host, link: str):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        if Path(other).stat().st_dev == host.root.parent.stat().st_dev:
+            pytest.skip("/dev/shm is this test's own disk")
+        host.root.mkdir()
+        (host.root / link).symlink_to(other)
+        least = min(shutil.disk_usage(place).free for place in (host.root, other))
+        assert abs(host.found(*FILES).free - least) < 1 << 30
+        host.arrive(CONTENTS, FILES)
+        assert host.land(*FILES).returncode == 0
+        assert host.files(FILES) == CONTENTS
+        assert host.plan(*FILES).nothing
 
 
 def test_what_lies_in_the_staging_folder_counts_as_far_as_it_takes_space(host: Host):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import platformdirs
@@ -42,7 +43,9 @@ def endpoints(
         return Endpoints(given, modelscope, "HF_ENDPOINT says so")
     if inventory is None:
         return Endpoints(HUGGINGFACE, modelscope, "no mirror is set")
-    return _of(_chosen(inventory, mirrors()), modelscope)
+    found = _of(_chosen(inventory, mirrors()), modelscope)
+    asked = inventory.pinned.get("hf", inventory.site) != "auto"
+    return replace(found, named=asked or found.huggingface == HUGGINGFACE)
 
 
 def _address(variable: str, environment: Mapping[str, str]) -> str:

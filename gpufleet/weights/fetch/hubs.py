@@ -45,6 +45,8 @@ class Endpoints:
     modelscope: str = MODELSCOPE
     why: str = ""
     """What chose Hugging Face's."""
+    named: bool = True
+    """Whether a person named Hugging Face's, or it is its own: a token goes to no other."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,7 @@ def listing(
     repository = source.huggingface or source.modelscope or ""
     revision = source.revision or commit_of(pinned, repository)
     if source.huggingface is not None:
-        endpoint = endpoints.huggingface
-        commit, files, headers = _huggingface(repository, source.kind, revision, endpoint)
+        commit, files, headers = _huggingface(repository, source.kind, revision, endpoints)
     else:
         endpoint = endpoints.modelscope
         commit, files, headers = _modelscope(repository, revision, endpoint)
@@ -115,14 +116,17 @@ def commit_of(origin: str | None, repository: str) -> str | None:
 _Files = tuple[str, dict[str, Remote], dict[str, str]]
 
 
-def _huggingface(repository: str, kind: str, revision: str | None, endpoint: str) -> _Files:
+def _huggingface(repository: str, kind: str, revision: str | None, endpoints: Endpoints) -> _Files:
     # Xet plays no part: only huggingface_hub's own downloads would use it.
     import httpx2
     from huggingface_hub import DatasetInfo, HfApi, ModelInfo, SpaceInfo, errors, hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
+    endpoint = endpoints.huggingface
+    token = None if endpoints.named else False
+    only = "" if endpoints.named else "; a token goes only to a site that you name with --mirror"
     page = f"{endpoint}/{'' if kind == 'model' else kind + 's/'}{repository}"
-    api = HfApi(endpoint, library_name="gpufleet")
+    api = HfApi(endpoint, token=token, library_name="gpufleet")
     ask: Any = {"model": api.model_info, "dataset": api.dataset_info, "space": api.space_info}[kind]
     try:
         said: ModelInfo | DatasetInfo | SpaceInfo
@@ -142,10 +146,10 @@ def _huggingface(repository: str, kind: str, revision: str | None, endpoint: str
                 content = Content(one.lfs.size, one.lfs.sha256)
             files[one.rfilename] = Remote(one.rfilename, url, content)
     except errors.GatedRepoError:
-        raise Refused(f"is gated: {OPEN_GATE}: {page}") from None
+        raise Refused(f"is gated: {OPEN_GATE}: {page}{only}") from None
     except errors.RepositoryNotFoundError:
         why = f"is not there, or private: look at {page}; for a private one set HF_TOKEN"
-        raise Refused(why) from None
+        raise Refused(f"{why}{only}") from None
     except errors.RevisionNotFoundError:
         raise Refused(f"has no commit {revision}: see {page}") from None
     except errors.OfflineModeIsEnabled:
@@ -161,7 +165,7 @@ def _huggingface(repository: str, kind: str, revision: str | None, endpoint: str
         raise Unreachable("answers with no list of files: a login portal?") from None
     if not files:
         raise Refused(f"lists no files: see {page}")
-    return commit, files, build_hf_headers(library_name="gpufleet")
+    return commit, files, build_hf_headers(token=token, library_name="gpufleet")
 
 
 def _modelscope(repository: str, revision: str | None, endpoint: str) -> _Files:
