@@ -119,17 +119,9 @@ def test_an_answer_that_is_too_long_is_cut_off_within_five_seconds_of_sigterm() 
     assert "Traceback" not in service.stderr
 
 
-@pytest.mark.parametrize(
-    ("number", "options"),
-    [
-        (signal.SIGTERM, []),
-        (signal.SIGINT, []),
-        (signal.SIGQUIT, []),
-        (signal.SIGTERM, ["--late"]),
-    ],
-)
-def test_a_signal_while_loading_stops_at_once(number: signal.Signals, options: list[str]) -> None:
-    service = Service("--load-seconds", "60", *options, wait=False)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_loading_stops_at_once(number: signal.Signals) -> None:
+    service = Service("--load-seconds", "60", wait=False)
     service.wait_until(lambda: "listening on" in service.stderr)
     started = time.monotonic()
     service.process.send_signal(number)
@@ -262,6 +254,20 @@ def test_who_is_late_lets_nobody_in_while_it_loads() -> None:
     with service.client() as client:
         assert client.get("/healthz").status_code == 200
     assert service.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(signal.SIGQUIT, []), (signal.SIGQUIT, ["--late"]), (signal.SIGTERM, ["--late"])],
+)
+def test_who_has_answered_nobody_yet_stops_at_once(
+    number: signal.Signals, options: list[str]
+) -> None:
+    service = Service("--load-seconds", "60", *options, wait=False)
+    service.wait_until(lambda: "listening on" in service.stderr)
+    service.process.send_signal(number)
+    assert service.exit_status(6) == 0
+    assert "Traceback" not in service.stderr
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
