@@ -81,6 +81,7 @@ _HAND_OVER = (
     + _LAST_ANSWERS
     + rf"""
 front() {{
+  systemctl daemon-reload
   systemctl reset-failed {FRONT} 2>/dev/null
   systemctl start {FRONT} 2>/dev/null || why {FRONT}
   runuser -u "$user" -- "$program" once >/dev/null || exit 1
@@ -118,7 +119,7 @@ back() {{
   code=$?
   trap - EXIT
   [ "$code" != 0 ] || exit 0
-  systemctl stop "$unit"
+  systemctl disable --quiet --now "$unit"
   systemctl start "$first" {FRONT} {FRONT}-watch
   front back "$address"
   exit "$code"
@@ -162,6 +163,7 @@ systemctl daemon-reload
 _START_ALL = (
     _WHY
     + r"""
+systemctl daemon-reload
 systemctl reset-failed "$@" 2>/dev/null
 systemctl restart "$@" 2>/dev/null && exit 0
 for unit in "$@"; do systemctl -q is-active "$unit" || why "$unit"; done
@@ -263,7 +265,6 @@ def rolled(*, root: str, weights: str, revision: str, front: Balancer) -> Genera
         host.noop(f"revision {revision} runs in {count} processes")
         return
     units = [instance(number) for number in range(count)]
-    yield StringCommand("systemctl daemon-reload && systemctl enable --quiet", TARGET, *units)
     working = {one.name for one in found.processes if one.active == "active"}
     away = [unit for unit in units if unit not in working]
     if UNIT in found.leftover:
@@ -273,6 +274,7 @@ def rolled(*, root: str, weights: str, revision: str, front: Balancer) -> Genera
         yield script(_HAND_OVER, UNIT, str(front.drain_seconds), front.program, front.user)
         yield script(_RETIRE, UNIT, "", f"/etc/systemd/system/{UNIT}")
         away = [unit for unit in away if unit == units[0]]
+    yield StringCommand("systemctl daemon-reload && systemctl enable --quiet", TARGET, *units)
     if away:
         yield script(_START_ALL, *away)
     for one in found.processes:

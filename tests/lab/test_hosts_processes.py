@@ -102,8 +102,10 @@ def apply(
 @pytest.fixture(scope="module")
 def several(deployed: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """The shared lab with two processes on its first host and a gateway on its second; afterwards
-    as it was."""
-    ok(apply(deployed, tmp_path_factory.mktemp("two"), 2))
+    as it was. What was asked meanwhile, where the one process listened, is in `seen`."""
+    with deployed.hosts[0].tunnel() as url, Load(url) as load:
+        ok(apply(deployed, tmp_path_factory.mktemp("two"), 2))
+    deployed.seen["wider"] = load
     try:
         yield deployed
     finally:
@@ -122,6 +124,12 @@ def front(host: Host) -> str:
 
 def gateway(host: Host) -> str:
     return f"http://{host.address}:{GATEWAY}"
+
+
+def test_from_one_process_to_two_no_request_fails(several: Fleet) -> None:
+    load: Load = several.seen["wider"]
+    assert load.failed == []
+    assert load.answered > 20
 
 
 def test_each_process_is_a_unit_of_its_own_and_nothing_of_the_one_is_left(
@@ -201,13 +209,17 @@ def test_status_and_logs_tell_of_each_process(several: Fleet, one: Host) -> None
 
 
 def test_an_apply_that_changes_what_runs_fails_no_request(
-    several: Fleet, one: Host, tmp_path: Path
+    several: Fleet, one: Host, two: Host, tmp_path: Path
 ) -> None:
     before = [one.show("MainPID", unit(number)) for number in range(2)]
-    with Load(front(one)) as load:
+    alone = two.pid
+    with Load(front(one), clients=2) as load, Load(gateway(two), clients=2) as of_the_fleet:
         done = ok(apply(several, tmp_path, 2, queue=9))
         after = [one.show("MainPID", unit(number)) for number in range(2)]
     assert load.failed == []
+    # Nor of those whom the gateway sent to the host with one process.
+    assert of_the_fleet.failed == []
+    assert two.pid != alone
     assert load.answered > 20
     assert list(done.changed(one.name)) == ["demo"]
     assert not set(before) & set(after)
@@ -255,6 +267,51 @@ def test_what_does_not_come_back_ends_the_apply_and_the_others_go_on(
     ok(apply(several, tmp_path / "mended", 2, queue=10))
     assert one.show("ActiveState", unit(0)) == "active"
     assert one.show("MainPID", unit(1)) != kept
+
+
+@pytest.mark.long
+def test_one_that_cannot_take_over_leaves_the_several_answering(
+    several: Fleet, one: Host, tmp_path: Path
+) -> None:
+    drop_in = one.path(f"/etc/systemd/system/{UNIT}.d/broken.conf")
+    drop_in.parent.mkdir()
+    drop_in.write_text("[Service]\nExecStartPre=/bin/sh -c 'echo it is broken >&2; exit 1'\n")
+    try:
+        with Load(front(one)) as load:
+            done = apply(several, tmp_path / "one", 1, queue=11)
+        assert done.code == 1
+        words(done.document["errors"][0], one.name, UNIT, "did not start", "it is broken")
+        assert load.failed == []
+    finally:
+        drop_in.unlink()
+        drop_in.parent.rmdir()
+    assert one.show("UnitFileState") == "disabled"
+    ok(apply(several, tmp_path / "two", 2, queue=11))
+    assert len(processes(front(one), 20)) == 2
+    assert one.try_(f"systemctl cat {UNIT}").returncode != 0
+
+
+@pytest.mark.long
+def test_several_that_do_not_start_leave_the_one_answering(
+    several: Fleet, two: Host, tmp_path: Path
+) -> None:
+    drop_in = two.path(f"/etc/systemd/system/{unit(1)}.d/broken.conf")
+    drop_in.parent.mkdir()
+    drop_in.write_text("[Service]\nExecStartPre=/bin/sh -c 'echo it is broken >&2; exit 1'\n")
+    own = {"bind": "0.0.0.0", "threads": 1}
+    try:
+        with Load(front(two)) as load:
+            path = several.inventory(tmp_path, h2={"demo": {**own, "processes": 2}})
+            done = fleet("apply", "-i", path, "--limit", two.name, "--json")
+        assert done.code == 1
+        words(done.document["errors"][0], two.name, unit(1), "did not start", "it is broken")
+        assert load.failed == []
+    finally:
+        drop_in.unlink()
+        drop_in.parent.rmdir()
+    assert two.try_("systemctl is-enabled minigpt4-demo.target").stdout.strip() == "disabled"
+    ok(apply(several, tmp_path / "again", 2))
+    assert two.try_(f"systemctl cat {unit(1)}").returncode != 0
 
 
 def test_a_host_that_the_gateway_cannot_reach_is_named_and_nothing_changes(
@@ -342,8 +399,13 @@ def test_users_and_passwords_are_asked_for_and_never_shown(
     assert fleets.get(url).status_code == 200
 
 
-def test_one_process_again_leaves_nothing_of_several(several: Fleet, one: Host, two: Host) -> None:
-    ok(several.apply())
+def test_one_process_again_fails_no_request_and_leaves_nothing_of_several(
+    several: Fleet, one: Host, two: Host
+) -> None:
+    with one.tunnel() as url, Load(url) as load:
+        ok(several.apply())
+    assert load.failed == []
+    assert load.answered > 20
     for host in (one, two):
         left = host.sh(
             "find /etc /run /opt /var/cache /var/lib/gpufleet "

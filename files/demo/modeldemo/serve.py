@@ -112,11 +112,12 @@ def serve(
 ) -> int:
     """Serve what `load` returns until SIGTERM or SIGINT; SIGQUIT lets all answers end first.
 
-    `load` runs in the model's thread and may take minutes; meanwhile /healthz answers 503, unless
-    the process listens `late`, or with `share_port` where another one listens: then it takes
-    connections once it can answer.
-    Returns the exit status: 0 after a stop, 1 when the model could not be loaded or its device was
-    lost. Raises ModelDemoError when the port is not to be had.
+    `load` runs in the model's thread and may take minutes; meanwhile /healthz answers 503.
+    Returns the exit status: 0 after a stop, 1 when the model could not be loaded or its device
+    was lost. Raises ModelDemoError when the port is not to be had.
+
+    One that is `late`, or has `share_port` where another process listens, takes connections only
+    once it can answer.
     """
     server: uvicorn.Server | None = None
     stopped_early = False
