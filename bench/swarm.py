@@ -1,6 +1,7 @@
-"""One push of a file to the hosts of a lab, timed: by swarm, or by rsync to all of them at once.
+"""One push of a file to the hosts of a lab, timed: by swarm, by rsync to all of them at once, or
+by the plainest relay there is: sockets from one host to the next, no ssh, no hash, no resume.
 
-usage: .venv/bin/python bench/swarm.py swarm|rsync LAB FILE     (prints JSON)
+usage: .venv/bin/python bench/swarm.py swarm|rsync|relay LAB FILE     (prints JSON)
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +21,21 @@ from gpufleet.catalog import WeightFile
 from gpufleet.weights.swarm.client import Member, Swarm
 
 STAGING = "/opt/minigpt4/incoming/bench"
+#: A host of the relay: what comes is written and sent on. `sys.argv`: the file, the next host.
+RELAY = """
+import os, socket, sys
+path, after = sys.argv[1:]
+os.makedirs(os.path.dirname(path), exist_ok=True)
+listener = socket.create_server(("", 5001))
+print("ready", flush=True)
+before, buffer = listener.accept()[0], bytearray(1 << 20)
+onward = socket.create_connection((after, 5001)) if after else None
+with open(path, "wb", buffering=0) as stream:
+    while size := before.recv_into(buffer):
+        if onward:
+            onward.sendall(memoryview(buffer)[:size])
+        stream.write(memoryview(buffer)[:size])
+"""
 
 
 def by_swarm(fleet: lab.Lab, path: Path, sha256: str) -> dict[str, float]:
@@ -63,6 +80,21 @@ def by_rsync(fleet: lab.Lab, path: Path) -> dict[str, float]:
     return {"seconds": seconds, "uploaded": float(path.stat().st_size * len(children))}
 
 
+def by_relay(fleet: lab.Lab, path: Path) -> dict[str, float]:
+    """From the first byte to every host having the file; it is listening when that begins."""
+    children = []
+    for host, after in zip(fleet.hosts, [*(h.address for h in fleet.hosts[1:]), ""], strict=True):
+        command = shlex.join(["python3", "-c", RELAY, f"{STAGING}/{path.name}", after])
+        ssh = fleet.ssh_command(host.name, command)
+        children.append(subprocess.Popen(ssh, stdout=subprocess.PIPE, text=True))
+    assert all(child.stdout and child.stdout.readline() == "ready\n" for child in children)
+    began = time.monotonic()
+    with socket.create_connection((fleet.hosts[0].address, 5001)) as first, path.open("rb") as file:
+        sent = first.sendfile(file)
+    assert [child.wait() for child in children] == [0] * len(children)
+    return {"seconds": time.monotonic() - began, "uploaded": float(sent)}
+
+
 def main() -> None:
     """Empty the hosts, push, and see that every host has the file."""
     way, name, path = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -76,7 +108,10 @@ def main() -> None:
         ready = f"rm -rf {STAGING}; sync; {rsync if way == 'rsync' else ':'}"
         done = fleet.run(host.name, f"({ready}) >/dev/null 2>&1")
         assert done.returncode == 0, done.stderr
-    seen = by_swarm(fleet, path, sha256) if way == "swarm" else by_rsync(fleet, path)
+    if way == "swarm":
+        seen = by_swarm(fleet, path, sha256)
+    else:
+        seen = {"rsync": by_rsync, "relay": by_relay}[way](fleet, path)
     for host in fleet.hosts:
         said = fleet.run(host.name, f"sha256sum < {STAGING}/{path.name}").stdout
         assert said.split()[0] == sha256, host.name

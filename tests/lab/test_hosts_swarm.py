@@ -14,10 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fleets
+import platformdirs
 import pytest
 from fleets import Fleet, Host, until
 
 from gpufleet.catalog import WeightFile
+from gpufleet.weights.swarm import plan
 from gpufleet.weights.swarm.client import ENDS, Member, Progress, Swarm
 from gpufleet.weights.swarm.on_host import unit_of
 
@@ -152,6 +154,27 @@ def test_on_a_line_that_is_quicker_than_the_hosts_little_is_uploaded_twice(
     with pushing(lab3.hosts, tmp_path, 192) as trial:
         trial.all_done()
         assert trial.swarm.uploaded < 1.4 * 192 * MIB + 9 * MIB
+
+
+def test_a_push_that_ends_while_its_files_are_hashed_leaves_nothing(
+    lab3: Fleet, tmp_path: Path
+) -> None:
+    data = secrets.token_bytes(24 * MIB + 12345)
+    (tmp_path / PATHS[0]).write_bytes(data)
+    name = f"{hashlib.sha256(data).hexdigest()}-{plan.piece_size(len(data))}.json"
+    remembered = platformdirs.user_cache_path("gpufleet") / "pieces" / name
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(remembered)  # whoever reads it waits, as for a long file
+    with pushing(lab3.hosts, tmp_path) as trial:
+        unit = unit_of(STAGING) + ".service"
+        until(lambda: all(unit in left(host) for host in lab3.hosts), "their units run")
+        closing = threading.Thread(target=trial.swarm.close)
+        closing.start()
+        until(lambda: not any(left(host) for host in lab3.hosts), "nothing is left", 20)
+        remembered.write_text("")
+        closing.join(30)
+        assert not closing.is_alive()
+    remembered.unlink()
 
 
 def test_a_push_that_was_killed_leaves_hosts_that_end_by_themselves_and_is_continued(

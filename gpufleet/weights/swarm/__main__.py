@@ -44,7 +44,6 @@ async def main() -> None:
         quiet=given["quiet"],
         encrypt=given["encrypt"],
     )
-    await asyncio.to_thread(push.open)
 
     async def obey() -> str:
         while line := await lines.readline():
@@ -53,7 +52,15 @@ async def main() -> None:
             push.join(Member(**member))
         return ""
 
-    tasks = {asyncio.create_task(obey()), asyncio.create_task(push.watch())}
+    async def feed() -> str:
+        try:
+            await push.open()
+        except FleetError as error:
+            return str(error)
+        return await push.watch()
+
+    # Hosts are reached and prepared while the files are hashed.
+    tasks = {asyncio.create_task(obey()), asyncio.create_task(feed())}
     done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in waiting:
         task.cancel()

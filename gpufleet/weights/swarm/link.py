@@ -79,6 +79,8 @@ class Link:
         """Whether it needs pieces that it knows no other host to have."""
         self._ssh: asyncio.subprocess.Process | None = None
         self._gone = asyncio.Event()
+        self._attached = False
+        """Whether its unit runs and hears what is sent."""
         self.over = False
         self._seen: float | None = None
 
@@ -104,7 +106,7 @@ class Link:
             except Lost as lost:
                 why = str(lost)
             finally:
-                self.local = 0
+                self.local, self._attached = 0, False
                 self._gone.set()  # nothing more comes of this ssh
                 self._kill()
             if self.over:
@@ -126,7 +128,7 @@ class Link:
         """Have the host's unit stop, if it can be told, and end `run`."""
         self.over = True
         ssh = self._ssh
-        if ssh is not None and ssh.returncode is None and self.local:
+        if ssh is not None and ssh.returncode is None and self._attached:
             self._send({"stop": True})
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._gone.wait(), STOPPING)
@@ -200,12 +202,15 @@ class Link:
             self._send({})
         elif not await self._bring_engine():
             return None
-        self._send({"start": push.start(member)})
-        self.local = local
+        self._attached = True
         self._gone.clear()
-        push.met()
         heartbeat = asyncio.create_task(self._heartbeat())
         try:
+            await push.opened.wait()
+            if not self.over:
+                self._send({"start": push.start(member)})
+                self.local = local
+                push.met()
             while True:
                 message = await self._read(SILENCE)
                 self._seen = time.monotonic()

@@ -33,8 +33,8 @@ from typing import Any
 CONNECT, AGAIN = 3.0, 4.0
 #: Tries after which a host counts as out of reach.
 TRIES = 2
-#: How often a host says how far it is, in seconds, and at most while something happens.
-REPORT, TICK = 1.0, 0.2
+#: How often a host says how far it is, in seconds; how often it looks, and while an end is near.
+REPORT, TICK, SHORT_TICK = 1.0, 0.1, 0.02
 #: How often what was received is written down, in seconds: a host that dies has it then.
 FLUSH = 5.0
 #: Where ssh's forward comes from: the operator's machine.
@@ -474,7 +474,8 @@ class Serve:
     def loop(self) -> None:
         """Serve whoever speaks, and the swarm."""
         while time.monotonic() - self.heard < self.quiet:
-            for key, _ in self.selector.select(TICK):
+            soon = self.torrent is not None and (self.flushing or not self.checked)
+            for key, _ in self.selector.select(SHORT_TICK if soon else TICK):
                 if key.fileobj is self.control:
                     stream, _ = self.control.accept()
                     stream.settimeout(5)

@@ -76,12 +76,18 @@ class Push:
         self._help = False
         self._peak = 0
         self._idle = 0
+        self.opened = asyncio.Event()
+        """Set once the files are hashed, or the push ends: hosts are prepared until then."""
         self._torrent: Torrent
         self._session: Any = None
         self._seed: Any = None
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """Hash the files and be ready to give them. Raises FleetError."""
+        await asyncio.to_thread(self._open)
+        self.opened.set()
+
+    def _open(self) -> None:
         self._torrent = make(self._sources, lt.bencode)
         options: Any = settings(0, self.encrypt) | {"max_failcount": 3}
         self._session = lt.session(options)
@@ -114,7 +120,8 @@ class Push:
 
     def uploaded(self) -> int:
         """Bytes that this machine sent."""
-        return int(self._seed.status().total_payload_upload) + self.engine_bytes
+        sent = self._seed.status().total_payload_upload if self._seed is not None else 0
+        return int(sent) + self.engine_bytes
 
     def start(self, member: Member) -> dict[str, Any]:
         """What a host needs to take part."""
@@ -239,6 +246,9 @@ class Push:
 
     async def close(self) -> None:
         """End every host's part; returns when all that can be told have ended it."""
+        for link in self.links.values():
+            link.over = True
+        self.opened.set()
         await asyncio.gather(*self._endings, *(link.end() for link in self.links.values()))
         for task in self._tasks.values():
             task.cancel()
