@@ -159,6 +159,7 @@ class Push:
             if lead is None or lead is link or lead.progress.state in ENDS:
                 self._leads[link.kind] = link
                 break
+            await self.opened.wait()  # nobody gives it before that
             await asyncio.sleep(0.05)
             waited += 0.05
         return wheel
