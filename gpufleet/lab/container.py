@@ -232,8 +232,9 @@ class Container(LabHost):
 
     def _init(self) -> int | None:
         """The process that is PID 1 in the host, by this machine's number."""
-        for listed in self._cgroup.glob("boot-*/payload/**/cgroup.procs"):
-            for pid in kernel_lines(listed):
+        inside = (one for one in self._groups() if "payload" in one.parts)
+        for group in inside:
+            for pid in kernel_lines(group / "cgroup.procs"):
                 status = kernel_lines(Path("/proc", pid, "status"))
                 if any(line.split()[2:] == ["1"] for line in status if line.startswith("NSpid:")):
                     return int(pid)

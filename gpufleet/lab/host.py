@@ -8,7 +8,7 @@ import signal
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -147,12 +147,18 @@ class LabHost(ABC):
             time.sleep(0.02)
 
     def _kill_each(self) -> None:
-        for listed in self._cgroup.rglob("cgroup.procs"):
-            for pid in kernel_lines(listed):
+        for group in self._groups():
+            for pid in kernel_lines(group / "cgroup.procs"):
                 try:
                     os.kill(int(pid), signal.SIGKILL)
                 except ProcessLookupError:
                     continue
+
+    def _groups(self) -> Iterator[Path]:
+        """The host's control groups, the outermost first; any may vanish at any time."""
+        # Not pathlib's glob, which raises for a folder that goes while it looks.
+        for group, _, _ in os.walk(self._cgroup):
+            yield Path(group)
 
     def _remove_cgroup(self) -> None:
         while self._cgroup.exists():
@@ -161,8 +167,8 @@ class LabHost(ABC):
                 for group, _, _ in os.walk(self._cgroup, topdown=False):
                     os.rmdir(group)
             except OSError as error:
-                # A supervisor whose starter was killed may enter just now.
-                if error.errno != errno.EBUSY:
+                # A supervisor whose starter was killed may enter just now, or leave.
+                if error.errno not in (errno.EBUSY, errno.ENOENT):
                     raise
 
 
