@@ -128,6 +128,31 @@ def test_starchat_answers_a_person_who_gave_the_password(
     assert page.requested() == {starchat}
 
 
+def test_stop_keeps_what_was_said_and_the_conversation_goes_on(
+    browser: webdriver.Chrome, starchat: str
+) -> None:
+    give_password(browser, starchat)
+    page = Page(browser, starchat)
+    stop = page.all("button#stop")[0]
+    assert not stop.is_displayed()
+    choose(page, "max_new_tokens", "1024")
+    page.question.send_keys("Tell me everything.")
+    page.all("button#send")[0].click()
+    fleets.until(lambda: stop.is_displayed() and page.said, "an answer comes", PATIENCE)
+    stop.click()
+    fleets.until(page.ready, "the next question can be asked", PATIENCE)
+    assert not stop.is_displayed()
+    (kept,) = page.said
+    assert kept
+    choose(page, "max_new_tokens", "8")
+    page.ask("And in short?")
+    assert page.said[0] == kept
+    assert len(page.said) == 2
+    browser.get(f"{starchat}/metrics")
+    outcomes = browser.find_element("tag name", "body").text
+    assert 'outcome="cancelled"} 1.0' in outcomes
+
+
 def test_without_the_password_there_is_no_page(starchat: str) -> None:
     refused = fleets.get(starchat)
     assert refused.status_code == 401

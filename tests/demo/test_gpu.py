@@ -86,7 +86,7 @@ def answer(gpu, engine, conversation, **sampling):
     try:
         for piece in engine.stream(conversation, Sampling(max_new_tokens=4, **sampling)):
             made += piece.new_tokens
-            gpu.strict = True
+            gpu.strict = made > 0
     finally:
         gpu.strict = False
     return made
