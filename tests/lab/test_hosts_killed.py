@@ -131,7 +131,7 @@ def test_ctrl_c_says_where_every_host_was_and_the_next_apply_continues(
     for host in deployed.hosts:
         (line,) = fleets.lines_about(done.err, host)
         words(line, "stopped in python_env")
-    assert "stopped; ./fleet apply -i" in done.out
+    assert "stopped; the same command continues from here" in done.out
     assert "continues from here" in done.out
     done = ok(fleet("apply", "-i", path, "--json"))
     for host in deployed.hosts:
