@@ -51,9 +51,12 @@ since=$(date '+%Y-%m-%d %H:%M:%S')
 # A process of our own lets nobody in any more and ends once it has answered those that it has;
 # any other one is left as it is.
 _LAST_ANSWERS = r"""
-last_answers() {  # $1 unit, $2 seconds
+shares() {  # $1 unit; its process is then $pid
   pid=$(systemctl show "$1" -p MainPID --value)
-  tr '\0' '\n' 2>/dev/null < "/proc/${pid:-0}/cmdline" | grep -qxe --share-port || return 1
+  tr '\0' '\n' 2>/dev/null < "/proc/${pid:-0}/cmdline" | grep -qxe --share-port
+}
+last_answers() {  # $1 unit, $2 seconds
+  shares "$1" || return 1
   kill -QUIT "$pid" || return 1
   end=$(($(date +%s) + $2))
   while [ -e "/proc/$pid" ] && [ "$(date +%s)" -lt "$end" ]; do sleep 0.2; done
@@ -87,8 +90,7 @@ front() {{
   runuser -u "$user" -- "$program" once >/dev/null || exit 1
 }}
 program=$3 user=$4
-pid=$(systemctl show "$1" -p MainPID --value)
-if tr '\0' '\n' 2>/dev/null < "/proc/${{pid:-0}}/cmdline" | grep -qxe --share-port; then
+if shares "$1"; then
   front
   last_answers "$1" "$2"
   systemctl stop "$1"

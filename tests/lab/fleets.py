@@ -31,6 +31,8 @@ sys.path.insert(0, str(ROOT / "files" / "demo"))
 from modeldemo.pico import pictures  # noqa: E402
 
 from gpufleet import lab  # noqa: E402
+from gpufleet.errors import FleetError  # noqa: E402
+from gpufleet.lab import image, machine, sources, state  # noqa: E402
 
 UNIT = "minigpt4-demo.service"
 HOME = "/opt/minigpt4"
@@ -339,6 +341,19 @@ def listens(port: int, address: str = "127.0.0.1") -> bool:
     with socket.socket() as probe:
         probe.settimeout(5)
         return probe.connect_ex((address, port)) == 0
+
+
+def require_image(name: str) -> None:
+    """Have the lab's image; skips the test, with the lab's own reason, where there can be none."""
+    wanted = sources.release(name)
+    in_use = [Path(each.image_root) for each in map(state.load, state.names()) if each]
+    try:
+        machine.require_root()
+        machine.ensure_packages(wanted)
+        machine.require_kernel()
+        image.ensure(image.recipe(wanted), in_use)
+    except FleetError as error:
+        pytest.skip(str(error))
 
 
 def get(url: str) -> requests.Response:

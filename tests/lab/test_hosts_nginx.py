@@ -19,9 +19,6 @@ import pytest
 import requests
 from fleets import Host, ok, run, until, words
 
-from gpufleet.errors import FleetError
-from gpufleet.lab import image, machine, sources, state
-
 pytestmark = pytest.mark.long
 
 FRONT, GATEWAY = 7860, 80
@@ -100,14 +97,8 @@ class Server:
 def server(
     request: pytest.FixtureRequest, can_boot: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    wanted = sources.release(request.param)
-    in_use = [Path(each.image_root) for each in map(state.load, state.names()) if each]
-    try:
-        machine.ensure_packages(wanted)
-        image.ensure(image.recipe(wanted), in_use)
-    except FleetError as error:
-        pytest.skip(str(error))
-    name = f"t-{os.getpid()}-{wanted.codename}-nginx"
+    fleets.require_image(request.param)
+    name = f"t-{os.getpid()}-{request.param.replace(':', '-').replace('.', '')}-nginx"
     folder = tmp_path_factory.mktemp("nginx")
     try:
         made = fleets.boot(name, 1, "--image", request.param)

@@ -23,8 +23,6 @@ import pytest
 from fleets import Done, Fleet, Host, fleet, ok, words
 
 from gpufleet import render
-from gpufleet.errors import FleetError
-from gpufleet.lab import image, machine, sources, state
 
 pytestmark = pytest.mark.long
 
@@ -83,13 +81,7 @@ class Server:
 @contextmanager
 def server(release: Release, folder: Path, what: str) -> Iterator[Server]:
     """A fresh host; the test is skipped, with the lab's own reason, where there can be none."""
-    wanted = sources.release(release.image)
-    in_use = [Path(each.image_root) for each in map(state.load, state.names()) if each]
-    try:
-        machine.ensure_packages(wanted)
-        image.ensure(image.recipe(wanted), in_use)
-    except FleetError as error:
-        pytest.skip(str(error))
+    fleets.require_image(release.image)
     name = f"t-{os.getpid()}-{release.codename}-{what}"
     try:
         options = ("--image", release.image, "--gpus", "bare", "--kernel", release.kernel)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fleets
 import pytest
 
 from gpufleet import ROOT, lab
@@ -34,15 +35,7 @@ NSPAWN_LOCKS = Path("/run/systemd/nspawn/locks")
 @pytest.fixture(scope="session")
 def base_image() -> None:
     """The image that the tests boot; skips, with the lab's own reason, where there can be none."""
-    wanted = sources.release("debian:12")
-    in_use = [Path(each.image_root) for each in map(state.load, state.names()) if each]
-    try:
-        machine.require_root()
-        machine.ensure_packages(wanted)
-        machine.require_kernel()
-        image.ensure(image.recipe(wanted), in_use)
-    except FleetError as error:
-        pytest.skip(str(error))
+    fleets.require_image("debian:12")
 
 
 def fleet(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

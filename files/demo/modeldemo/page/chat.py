@@ -236,13 +236,8 @@ def blocks(runner: Runner, examples: Sequence[Path], texts: Texts) -> gr.Blocks:
         chat.clear(
             forget,
             upload,
-            [
-                chat,
-                said,
-                question,
-                send,
-                stop,
-            ],  # the page empties chat itself, but an answer refills it
+            # The page empties chat itself, but an answer that comes would fill it again.
+            [chat, said, question, send, stop],
             show_progress="hidden",
             api_name="forget",
             api_visibility="undocumented",
